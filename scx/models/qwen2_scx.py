@@ -1,0 +1,16 @@
+"""Qwen2 with encoded attention in chosen layers."""
+
+from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2ForCausalLM
+
+from scx.attention import SCXAttention
+from scx.models.base import SCXForCausalLM
+
+
+class Qwen2SCXAttention(SCXAttention, Qwen2Attention):
+    """Qwen2Attention with the encoded forward pass."""
+
+
+class Qwen2SCXForCausalLM(SCXForCausalLM, Qwen2ForCausalLM):
+    """Qwen2ForCausalLM whose layers in SCX_ENC_LAYERS run encoded."""
+
+    attention_class = Qwen2SCXAttention

@@ -1,0 +1,115 @@
+"""The border between the accelerator and the secure device.
+
+This is the one place where tensors cross, and it counts what crosses. It runs
+the codec in plain torch operations on any torch device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from scx import codec
+
+
+@dataclass
+class Traffic:
+    """What has crossed the border for one encoded layer."""
+
+    steps: int = 0
+    """Forward passes, profiling and warm-up included."""
+    crossings: int = 0
+    """Times that execution passed from one device to the other."""
+    bytes_in: int = 0
+    """Bytes that the secure device received."""
+    bytes_out: int = 0
+    """Bytes that the accelerator received."""
+
+
+class SecureLayer:
+    """The secure device's part in one encoded layer: three calls a step, in order.
+
+    It holds the layer's feature key and, between the first two calls, the row
+    permutation of the step. Neither is ever on the accelerator, in an nn.Module
+    or in a traced function.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        feature_key: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+        is_neox_style: bool,
+        num_heads: int,
+    ) -> None:
+        """`feature_key` (M, D) int64 and `cos_sin_cache` (max_position, R) are
+        moved to `device`; a cache that is there already is shared, not copied.
+        """
+        self.device = device
+        self.traffic = Traffic()
+        self._feature_key = feature_key.to(device)
+        self._cos_sin_cache = cos_sin_cache.to(device)
+        self._is_neox_style = is_neox_style
+        kv_heads, self._head_dim = feature_key.shape
+        kv_size = kv_heads * self._head_dim
+        self._split = [num_heads * self._head_dim, kv_size, kv_size]
+        self._pi: torch.Tensor | None = None
+
+    def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The rows of `hidden_states` (T, H) in an order that nobody else knows.
+
+        Both are on the accelerator. Each call draws a fresh permutation.
+        """
+        (hidden_states,), accelerator = self._receive(hidden_states)
+        self.traffic.steps += 1
+        self._pi = codec.draw_permutation(hidden_states.shape[0], self.device)
+        rows = codec.embeddings_pi_left(hidden_states, self._pi)
+        return self._send(accelerator, rows)[0]
+
+    def encode_features(
+        self, qkv: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Encoded q (T, N x D), k and v (T, M x D) from the shuffled rows of `qkv`.
+
+        `qkv` (T, (N + 2M) x D) is in the order of the last `encode_rows`,
+        `positions` (T,) in that of the batch; all are on the accelerator.
+        """
+        (qkv, positions), accelerator = self._receive(qkv, positions)
+        pi, self._pi = self._pi, None
+        q, k, v = codec.decode_rows(qkv, pi).split(self._split, dim=-1)
+        q, k = (
+            codec.apply_rotary(
+                heads,
+                positions,
+                self._cos_sin_cache,
+                self._head_dim,
+                self._is_neox_style,
+            )
+            for heads in (q, k)
+        )
+        encoded = (codec.encode_features(heads, self._feature_key) for heads in (q, k, v))
+        return self._send(accelerator, *encoded)
+
+    def decode_features(self, attention: torch.Tensor, output: torch.Tensor) -> None:
+        """Write the decoded features of `attention` (T, N x D) to `output`.
+
+        Both are on the accelerator.
+        """
+        (attention,), accelerator = self._receive(attention)
+        decoded = codec.decode_features(attention, self._feature_key)
+        output.copy_(self._send(accelerator, decoded)[0])
+
+    def decode_cache(self, heads: torch.Tensor) -> torch.Tensor:
+        """Keys after RoPE, or values, from the encoded KV cache: (..., M x D)."""
+        return codec.decode_features(heads.to(self.device), self._feature_key)
+
+    def _receive(self, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.device]:
+        self.traffic.crossings += 1
+        self.traffic.bytes_in += sum(tensor.nbytes for tensor in tensors)
+        return [tensor.to(self.device) for tensor in tensors], tensors[0].device
+
+    def _send(
+        self, accelerator: torch.device, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        self.traffic.crossings += 1
+        self.traffic.bytes_out += sum(tensor.nbytes for tensor in tensors)
+        return tuple(tensor.to(accelerator) for tensor in tensors)
