@@ -75,9 +75,7 @@ class SCXAttention(nn.Module):
     ) -> torch.Tensor:
         """Attention of `hidden_states` (T, H) at `positions` (T,): (T, H)."""
         output = hidden_states.new_empty((hidden_states.shape[0], self.q_size))
-        torch.ops.scx.encoded_attention(
-            positions, hidden_states, output, self.layer_name
-        )
+        torch.ops.scx.encoded_attention(positions, hidden_states, output, self.layer_name)
         return self.o_proj(output)[0]
 
     def forward_encoded(

