@@ -62,7 +62,7 @@ class SCXAttention(nn.Module):
     # The stock attention's, of the same shapes in Qwen2Attention and LlamaAttention.
     qkv_proj: nn.Module
     o_proj: nn.Module
-    rotary_emb: nn.Module
+    rotary_emb: Any
     attn: Any
     num_heads: int
     num_kv_heads: int

@@ -106,6 +106,12 @@ def configure(vllm_config: "VllmConfig") -> None:
     _use_piecewise_graphs(vllm_config)
 
 
+def record_of(vllm_config: "VllmConfig") -> dict[str, Any] | None:
+    """What `configure` recorded, or None where no layer is to be encoded."""
+    additional = vllm_config.additional_config
+    return additional.get(_RECORD) if isinstance(additional, dict) else None
+
+
 def encoded_layers(vllm_config: "VllmConfig") -> tuple[int, ...]:
     """The layers that this engine encodes, as `configure` recorded them.
 
@@ -114,7 +120,7 @@ def encoded_layers(vllm_config: "VllmConfig") -> tuple[int, ...]:
     and SCXUnsupportedError where the engine was not configured for encoding.
     """
     config = get_scx_config()
-    record = vllm_config.additional_config.get(_RECORD)
+    record = record_of(vllm_config)
     if record is None:
         if config.enabled:
             raise SCXUnsupportedError(

@@ -52,7 +52,7 @@ class SecureLayer:
         kv_heads, self._head_dim = feature_key.shape
         kv_size = kv_heads * self._head_dim
         self._split = [num_heads * self._head_dim, kv_size, kv_size]
-        self._pi: torch.Tensor | None = None
+        self._pi = torch.empty(0, dtype=torch.int64)
 
     def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The rows of `hidden_states` (T, H) in an order that nobody else knows.
@@ -74,8 +74,7 @@ class SecureLayer:
         `positions` (T,) in that of the batch; all are on the accelerator.
         """
         (qkv, positions), accelerator = self._receive(qkv, positions)
-        pi, self._pi = self._pi, None
-        q, k, v = codec.decode_rows(qkv, pi).split(self._split, dim=-1)
+        q, k, v = codec.decode_rows(qkv, self._pi).split(self._split, dim=-1)
         q, k = (
             codec.apply_rotary(
                 heads,
@@ -87,7 +86,8 @@ class SecureLayer:
             for heads in (q, k)
         )
         encoded = (codec.encode_features(heads, self._feature_key) for heads in (q, k, v))
-        return self._send(accelerator, *encoded)
+        q, k, v = self._send(accelerator, *encoded)
+        return q, k, v
 
     def decode_features(self, attention: torch.Tensor, output: torch.Tensor) -> None:
         """Write the decoded features of `attention` (T, N x D) to `output`.
@@ -109,7 +109,7 @@ class SecureLayer:
 
     def _send(
         self, accelerator: torch.device, *tensors: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> list[torch.Tensor]:
         self.traffic.crossings += 1
         self.traffic.bytes_out += sum(tensor.nbytes for tensor in tensors)
-        return tuple(tensor.to(accelerator) for tensor in tensors)
+        return [tensor.to(accelerator) for tensor in tensors]

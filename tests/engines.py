@@ -75,7 +75,7 @@ def shut_down(llm: Any) -> None:
 def generate_each(
     runs: list[dict[str, Any]], prompts: list[Any], max_tokens: int = 16
 ) -> list[list[list[int]]]:
-    """Greedy tokens of one engine after another; each run is a dict of engine arguments."""
+    """Greedy tokens of one engine after another; a run is a dict of engine arguments."""
     results = []
     for run in runs:
         llm = engine(**run)

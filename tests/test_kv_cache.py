@@ -60,7 +60,9 @@ def assert_encoded(layers, encoded, native):
     """Exactly `layers` hold something else than the native cache, and decode to it."""
     for index in range(LAYERS):
         for kind in ("raw", "decoded"):
-            for ours, theirs in zip(encoded[index][kind], native[index]["raw"]):
+            for ours, theirs in zip(
+                encoded[index][kind], native[index]["raw"], strict=True
+            ):
                 if kind == "raw" and index in layers:
                     assert (ours - theirs).abs().max() > 0.1
                 elif index < min(layers, default=LAYERS):

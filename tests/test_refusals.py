@@ -1,0 +1,236 @@
+"""Never silently plain: what cannot run encoded is refused before weights load.
+
+The models here are a config.json without weights, so a refusal that came later
+than it should would fail with another error.
+"""
+
+import os
+
+import pytest
+
+from tests import tiny_models
+from tests.engines import in_new_process
+
+
+def configure_each(cases):
+    """For each (engine arguments, variables): its error's type and text, or its record."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    results = []
+    for arguments, variables in cases:
+        before = dict(os.environ)
+        os.environ.update(variables)
+        try:
+            engine_args = EngineArgs(skip_tokenizer_init=True, **arguments)
+            record = engine_args.create_engine_config().additional_config.get("scx")
+            results.append(("configured", record))
+        except Exception as error:
+            results.append((type(error).__name__, str(error)))
+        os.environ.clear()
+        os.environ.update(before)
+    return results
+
+
+def outcomes(cases, env):
+    return in_new_process(configure_each, cases, env=env)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    return tiny_models.save_config(folder, "LlamaForCausalLM", "llama")
+
+
+@pytest.fixture(scope="module")
+def refusals(llama, tmp_path_factory):
+    root = tmp_path_factory.mktemp("refused")
+
+    def config(name, architecture, model_type, **values):
+        folder = tiny_models.save_config(root / name, architecture, model_type, **values)
+        return {"model": str(folder)}
+
+    model = {"model": str(llama)}
+    cases = {
+        "no obstacle": (model, {}),
+        "another architecture": (config("qwen3", "Qwen3ForCausalLM", "qwen3"), {}),
+        "alias": (config("alias", "LLaMAForCausalLM", "llama"), {}),
+        "model_impl": (model | {"model_impl": "transformers"}, {}),
+        "qk_norm": (config("qk", "Qwen2ForCausalLM", "qwen2", qk_norm=True), {}),
+        "dual chunk": (
+            config(
+                "dual",
+                "Qwen2ForCausalLM",
+                "qwen2",
+                dual_chunk_attention_config={"chunk_size": 64, "local_size": 16},
+            ),
+            {},
+        ),
+        "encoder": (config("enc", "LlamaForCausalLM", "llama", is_causal=False), {}),
+        "lora": (model | {"enable_lora": True}, {}),
+        "speculation": (
+            model
+            | {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            {},
+        ),
+        "kv transfer": (
+            model
+            | {
+                "kv_transfer_config": {
+                    "kv_connector": "ExampleConnector",
+                    "kv_role": "kv_both",
+                }
+            },
+            {},
+        ),
+        "late": (model, {"SCX_ENC_LAYERS": "1"}),
+        "late off": (model, {"SCX_ENC_LAYERS": ""}),
+    }
+    results = outcomes(list(cases.values()), {"SCX_ENC_LAYERS": "0,3"})
+    return dict(zip(cases, results, strict=True))
+
+
+def test_what_fits_is_recorded(refusals):
+    kind, record = refusals["no obstacle"]
+    assert kind == "configured"
+    assert record["layers"] == [0, 3]
+    assert record["secure_device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "texts"),
+    [
+        (
+            "another architecture",
+            "SCXUnsupportedError",
+            ["Qwen3ForCausalLM is not encoded", "LlamaForCausalLM, Qwen2ForCausalLM"],
+        ),
+        ("alias", "SCXUnsupportedError", ["LLaMAForCausalLM is not encoded"]),
+        ("model_impl", "SCXUnsupportedError", ["model_impl='transformers'"]),
+        ("qk_norm", "SCXUnsupportedError", ["qk_norm=True is not encoded"]),
+        ("dual chunk", "SCXUnsupportedError", ["dual chunk attention is not encoded"]),
+        ("encoder", "SCXUnsupportedError", ["encoder-only attention"]),
+        ("lora", "SCXUnsupportedError", ["LoRA picks adapters by row"]),
+        ("speculation", "SCXUnsupportedError", ["speculative decoding"]),
+        ("kv transfer", "SCXUnsupportedError", ["SCX_KEY_FILE"]),
+        ("late", "SCXConfigError", ["SCX_ENC_LAYERS='1'", "then '0,3'"]),
+        ("late off", "SCXConfigError", ["SCX_ENC_LAYERS=''", "then '0,3'"]),
+    ],
+)
+def test_refused_in_one_line_that_says_what_to_do(case, error, texts, refusals):
+    kind, message = refusals[case]
+    assert kind == error, message
+    assert len(message.splitlines()) == 1
+    assert "SCX_ENC_LAYERS='" in message
+    for text in texts:
+        assert text in message
+
+
+def test_layer_beyond_the_model(llama):
+    ((kind, message),) = outcomes(
+        [({"model": str(llama)}, {})], {"SCX_ENC_LAYERS": "0,4"}
+    )
+    assert kind == "SCXConfigError"
+    assert message == "SCX_ENC_LAYERS='4': this model has the layers 0 to 3"
+
+
+def test_turned_on_after_a_plain_engine_was_configured(llama):
+    cases = [
+        ({"model": str(llama)}, {}),
+        ({"model": str(llama)}, {"SCX_ENC_LAYERS": "0"}),
+    ]
+    plain, late = outcomes(cases, {})
+    assert plain == ("configured", None)
+    assert late[0] == "SCXConfigError"
+    assert "start a new process" in late[1]
+
+
+def test_kv_transfer_with_a_key_file(llama, tmp_path):
+    key_file = tmp_path / "key"
+    key_file.touch(mode=0o600)
+    key_file.write_bytes(os.urandom(32))
+    transfer = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    case = ({"model": str(llama), "kv_transfer_config": transfer}, {})
+    env = {"SCX_ENC_LAYERS": "0", "SCX_KEY_FILE": str(key_file)}
+    assert outcomes([case], env)[0][0] == "configured"
+
+
+def build_without_record(model):
+    """What a worker meets whose engine was not configured by our hook."""
+    from vllm.model_executor.models import config
+
+    from scx import init_vllm_plugin
+    from tests.engines import engine
+
+    init_vllm_plugin()
+    for architecture in ("LlamaForCausalLM", "LlamaSCXForCausalLM"):
+        del config.MODELS_CONFIG_MAP[architecture]
+    try:
+        engine(model, skip_tokenizer_init=True, load_format="dummy")
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def test_a_model_built_without_our_hook_does_not_run_plain(llama):
+    env = {"SCX_ENC_LAYERS": "0"}
+    kind, message = in_new_process(build_without_record, llama, env=env)
+    assert kind == "SCXUnsupportedError"
+    assert "was configured without it" in message
+
+
+def build_in_worker_without_variables(model):
+    """What a remote worker meets that was not given our variables."""
+    from scx import engine as scx_engine
+    from scx import keys
+    from tests.engines import engine
+
+    configure = scx_engine.configure
+
+    def configure_and_forget(vllm_config):
+        configure(vllm_config)
+        os.environ["SCX_ENC_LAYERS"] = ""
+        keys.pin_config()
+
+    scx_engine.configure = configure_and_forget
+    try:
+        engine(model, skip_tokenizer_init=True, load_format="dummy")
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def test_a_worker_without_our_variables_does_not_run_plain(llama):
+    env = {"SCX_ENC_LAYERS": "0"}
+    kind, message = in_new_process(build_in_worker_without_variables, llama, env=env)
+    assert kind == "SCXConfigError"
+    assert "layers=[] in this worker" in message
+
+
+def run_a_stale_graph(model, compiled):
+    """What a wrong compiled graph does: the layer's operator is never called."""
+    from vllm.model_executor.models.llama import LlamaAttention
+
+    from scx.models.llama_scx import LlamaSCXAttention
+    from tests.engines import engine, greedy
+
+    LlamaSCXAttention.forward = LlamaAttention.forward
+    stage = "start"
+    try:
+        llm = engine(
+            model,
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            enforce_eager=not compiled,
+        )
+        stage = "first step"
+        greedy(llm, [[1, 2, 3]])
+    except Exception as error:
+        return stage, type(error).__name__, str(error)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_layer_that_ran_plain_stops_the_engine_before_it_answers(compiled, llama):
+    env = {"SCX_ENC_LAYERS": "1"}
+    stage, kind, message = in_new_process(run_a_stale_graph, llama, compiled, env=env)
+    # vLLM's CPU worker runs no profiling pass when it is eager.
+    assert stage == ("start" if compiled else "first step")
+    assert kind == "SCXNotEncodedError"
+    assert "layer 1 ran without its secure device" in message

@@ -1,0 +1,94 @@
+"""The package's own shape: light imports, one-way dependencies, a working entry point."""
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+import scx
+
+PACKAGE = Path(scx.__file__).parent
+
+# What each room may import. Everything points down.
+ALLOWED = {
+    "errors": set(),
+    "keys": {"errors"},
+    "codec": {"keys"},
+    "kernels": {"codec", "errors"},
+    "secure_device": {"codec", "kernels"},
+    "attention": {"secure_device"},
+    "engine": {"errors", "keys"},
+    "models": {
+        "attention",
+        "codec",
+        "engine",
+        "errors",
+        "keys",
+        "models",
+        "secure_device",
+    },
+    "embedded": {"errors"},
+    "__init__": {"engine"},
+    "__main__": {"", "engine", "errors", "keys"},
+}
+MAY_IMPORT_VLLM = {"attention", "engine", "models", "__main__"}
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "scx":
+                yield from (f"scx.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
+def test_imports_run_one_way(path):
+    for name in imported(path):
+        top, _, rest = name.partition(".")
+        if top == "scx":
+            target = rest.split(".")[0]
+            target = (
+                target
+                if (PACKAGE / target).exists() or (PACKAGE / f"{target}.py").exists()
+                else ""
+            )
+            assert target in ALLOWED[room(path)], f"{path.name} imports {name}"
+        elif top == "vllm":
+            assert room(path) in MAY_IMPORT_VLLM, f"{path.name} imports {name}"
+
+
+def test_importing_the_package_loads_neither_torch_nor_vllm():
+    code = "import sys, scx; sys.exit(any(m in sys.modules for m in ('torch', 'vllm')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0  # noqa: S603
+
+
+def test_the_entry_point_is_ours():
+    (point,) = [p for p in entry_points(group="vllm.general_plugins") if p.name == "scx"]
+    assert point.load() is scx.init_vllm_plugin
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
+def test_variables_are_read_in_keys_alone(path):
+    if room(path) not in ("keys", "embedded", "__main__"):
+        assert "environ" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
+def test_nothing_is_guarded_by_assert_or_a_blanket_except(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.Assert)
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            assert caught not in ("everything", "Exception", "BaseException")
