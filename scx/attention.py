@@ -16,6 +16,7 @@ from torch import nn
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
+from scx.host_device import HostSecureLayer
 from scx.secure_device import SecureLayer
 
 OP_NAME = "scx::encoded_attention"
@@ -55,9 +56,10 @@ class SCXAttention(nn.Module):
 
     layer_name: str
     layer_index: int
-    secure: SecureLayer
+    secure: SecureLayer | HostSecureLayer
     key_fingerprint: str
     debug: bool
+    calls: int = 0
 
     # The stock attention's, of the same shapes in Qwen2Attention and LlamaAttention.
     qkv_proj: nn.Module
@@ -69,6 +71,7 @@ class SCXAttention(nn.Module):
     total_num_kv_heads: int
     head_dim: int
     q_size: int
+    hidden_size: int
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor
@@ -86,6 +89,7 @@ class SCXAttention(nn.Module):
     ) -> None:
         """Write the attention's result before o_proj to `output` (T, N x D)."""
         start = time.perf_counter()
+        self.calls += 1
         rows = self.secure.encode_rows(hidden_states)
         qkv, _ = self.qkv_proj(rows)
         q, k, v = self.secure.encode_features(qkv, positions)

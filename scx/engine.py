@@ -103,7 +103,25 @@ def configure(vllm_config: "VllmConfig") -> None:
     # that class refuses to run without them.
     stock = model_config.architecture
     model_config.hf_config.architectures = [_SCX_NAMES.get(stock, stock)]
-    _use_piecewise_graphs(vllm_config)
+    if not uses_host_device(config):
+        _use_piecewise_graphs(vllm_config)
+    vllm_config.compilation_config.pass_config.fuse_attn_quant = False
+
+
+def uses_host_device(config: SCXConfig) -> bool:
+    """Whether the secure step is host work that a CUDA graph can hold.
+
+    Elsewhere it is plain torch operations, which synchronise with Python.
+    """
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda() and config.secure_device == "cpu"
+
+
+def max_step_tokens(vllm_config: "VllmConfig") -> int:
+    """The most rows of a step, padding to a captured size included."""
+    captured = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+    return max(vllm_config.scheduler_config.max_num_batched_tokens, *captured)
 
 
 def record_of(vllm_config: "VllmConfig") -> dict[str, Any] | None:
@@ -225,4 +243,3 @@ def _use_piecewise_graphs(vllm_config: "VllmConfig") -> None:
             f"cudagraph_mode={mode.name} captures the secure step, which synchronises "
             "with the host: leave it out, or use PIECEWISE or NONE"
         )
-    compilation.pass_config.fuse_attn_quant = False

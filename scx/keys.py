@@ -166,10 +166,15 @@ class RootKey:
         self._secret = secret
 
     @classmethod
+    def draw(cls) -> "RootKey":
+        """A fresh key from the operating system."""
+        return cls(secrets.token_bytes(KEY_BYTES))
+
+    @classmethod
     def load(cls, config: SCXConfig) -> "RootKey":
         """The key in `config.key_file`, or a fresh one where there is none."""
         if config.key_file is None:
-            return cls(secrets.token_bytes(KEY_BYTES))
+            return cls.draw()
         _check_key_file(config.key_file)
         return cls(config.key_file.read_bytes())
 

@@ -24,12 +24,13 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import boolean, float32, int32, int64, intp, types, uint16, uint64, uintp, void
+from numba import float32, uint16
+from numba.core.typing import Signature, signature
 from numba.extending import intrinsic
 
 from scx.errors import SCXUnsupportedError
 
-_I16, _I32, _I64, _I128 = (ir.IntType(bits) for bits in (16, 32, 64, 128))
+_I16, _I32 = ir.IntType(16), ir.IntType(32)
 _F16, _F32 = ir.HalfType(), ir.FloatType()
 
 _helper = numba.njit(
@@ -37,9 +38,9 @@ _helper = numba.njit(
 )
 
 
-def _kernel(signature: types.Type) -> Callable:
+def _kernel(types: str) -> Callable:
     """Like `numba.njit`, but compiles at once: no step waits for it."""
-    return numba.njit(signature, nogil=True, error_model="numpy")
+    return numba.njit(types, nogil=True, error_model="numpy")
 
 
 class HostKernels(NamedTuple):
@@ -58,7 +59,7 @@ class HostKernels(NamedTuple):
 @functools.cache
 def host_kernels(dtype: torch.dtype) -> HostKernels:
     """Compile the kernels for bfloat16, float16 or float32, in a few seconds."""
-    element = float32 if dtype == torch.float32 else uint16
+    element = "float32" if dtype == torch.float32 else "uint16"
     widen, narrow = _CONVERTERS[dtype]
     return HostKernels(
         encode_rows=_encode_rows(element),
@@ -69,12 +70,12 @@ def host_kernels(dtype: torch.dtype) -> HostKernels:
     )
 
 
-def _converter(signature: types.Type, emit: Callable) -> Callable:
-    """A function of one value for compiled code, from the LLVM code of it."""
+def _converter(types: Signature, emit: Callable) -> Callable:
+    """A function of one value for compiled code; `emit` builds its LLVM code."""
 
     @intrinsic
     def convert(typing_context, value):
-        return signature, lambda context, builder, _, args: emit(builder, *args)
+        return types, lambda context, builder, types, values: emit(builder, *values)
 
     return convert
 
@@ -108,8 +109,8 @@ def _same(builder, value):
     return value
 
 
-_TO_FLOAT = float32(uint16)
-_TO_BITS = uint16(float32)
+_TO_FLOAT = signature(float32, uint16)
+_TO_BITS = signature(uint16, float32)
 _CONVERTERS = {
     torch.bfloat16: (
         _converter(_TO_FLOAT, _widen_bfloat16),
@@ -119,28 +120,28 @@ _CONVERTERS = {
         _converter(_TO_FLOAT, _widen_float16),
         _converter(_TO_BITS, _narrow_float16),
     ),
-    torch.float32: (_converter(float32(float32), _same),) * 2,
+    torch.float32: (_converter(signature(float32, float32), _same),) * 2,
 }
 
 
 @functools.cache
-def _encode_rows(element: types.Type) -> Callable:
-    @_kernel(void(element[:, ::1], element[:, ::1], int32[::1], intp, intp))
+def _encode_rows(element: str) -> Callable:
+    @_kernel(f"void({element}[:, ::1], {element}[:, ::1], int32[::1], intp, intp)")
     def encode_rows(src, dst, pi, first, last):
         """Row i of `dst` (T, columns) becomes row pi[i] of `src` (T, columns)."""
         # Here and below: with unsigned indices numba adds no case for negative
         # ones, and only then does LLVM vectorise.
-        for i in range(uintp(first), uintp(last)):
-            row = uintp(pi[i])
-            for column in range(uintp(dst.shape[1])):
+        for i in range(np.uintp(first), np.uintp(last)):
+            row = np.uintp(pi[i])
+            for column in range(np.uintp(dst.shape[1])):
                 dst[i, column] = src[row, column]
 
     return encode_rows
 
 
 @functools.cache
-def _decode_features(element: types.Type) -> Callable:
-    @_kernel(void(element[:, ::1], element[:, ::1], uint16[:, ::1], intp, intp))
+def _decode_features(element: str) -> Callable:
+    @_kernel(f"void({element}[:, ::1], {element}[:, ::1], uint16[:, ::1], intp, intp)")
     def decode_features(src, dst, inverse_key, first, last):
         """Feature d of a head in `dst` becomes its feature inverse_key[m, d] in `src`.
 
@@ -161,17 +162,17 @@ def _permute_heads(src, dst, key):
         for start in range(m * group_columns, (m + 1) * group_columns, head_dim):
             head = src[start : start + head_dim]
             permuted = dst[start : start + head_dim]
-            for d in range(uintp(head_dim)):
-                permuted[d] = head[uintp(key[m, d])]
+            for d in range(np.uintp(head_dim)):
+                permuted[d] = head[np.uintp(key[m, d])]
 
 
 @functools.cache
-def _encode_features(element: types.Type, widen: Callable, narrow: Callable) -> Callable:
+def _encode_features(element: str, widen: Callable, narrow: Callable) -> Callable:
     @_helper
     def rotate_heads(src, dst, cos_sin, head_dim, is_neox_style):
         """One row's heads, (heads x D), by the angles of one position, (R,)."""
-        rotary_dim = uintp(cos_sin.size)
-        half = rotary_dim // uintp(2)
+        rotary_dim = np.uintp(cos_sin.size)
+        half = rotary_dim // np.uintp(2)
         for start in range(0, dst.size, head_dim):
             head = src[start : start + head_dim]
             rotated = dst[start : start + head_dim]
@@ -184,22 +185,18 @@ def _encode_features(element: types.Type, widen: Callable, narrow: Callable) -> 
                     rotated[i + half] = narrow(b * cos + a * sin)
             else:
                 for i in range(half):
-                    even = uintp(2) * i
-                    odd = even + uintp(1)
+                    even = np.uintp(2) * i
+                    odd = even + np.uintp(1)
                     a, b = widen(head[even]), widen(head[odd])
                     cos, sin = cos_sin[i], cos_sin[i + half]
                     rotated[even] = narrow(a * cos - b * sin)
                     rotated[odd] = narrow(b * cos + a * sin)
-            for i in range(rotary_dim, uintp(head_dim)):
+            for i in range(rotary_dim, np.uintp(head_dim)):
                 rotated[i] = head[i]
 
-    rows = element[:, ::1]
-
     @_kernel(
-        void(
-            *(rows, rows, int32[::1], int64[::1], float32[:, ::1], uint16[:, ::1]),
-            *(intp, boolean, intp, intp),
-        )
+        f"void({element}[:, ::1], {element}[:, ::1], int32[::1], int64[::1], "
+        "float32[:, ::1], uint16[:, ::1], intp, boolean, intp, intp)"
     )
     def encode_features(
         src, dst, rank, positions, cos_sin, key, num_heads, is_neox_style, first, last
@@ -226,20 +223,17 @@ def _encode_features(element: types.Type, widen: Callable, narrow: Callable) -> 
     return encode_features
 
 
-@intrinsic
-def _high_product(typing_context, left, right):
-    """The high 64 bits of a product of two uint64."""
-
-    def emit(context, builder, signature, arguments):
-        left, right = (builder.zext(argument, _I128) for argument in arguments)
-        return builder.trunc(builder.lshr(builder.mul(left, right), _I128(64)), _I64)
-
-    return uint64(uint64, uint64), emit
+@_helper
+def _high_product(word, count):
+    """The high 64 bits of the product of two uint64, where `count` is below 2^32."""
+    half, low_bits = np.uint64(32), np.uint64(0xFFFFFFFF)
+    carry = ((word & low_bits) * count) >> half
+    return ((word >> half) * count + carry) >> half
 
 
 @functools.cache
 def _draw_permutation() -> Callable:
-    @_kernel(void(uint64[::1], int32[::1], int32[::1]))
+    @_kernel("void(uint64[::1], int32[::1], int32[::1])")
     def draw_permutation(words, pi, rank):
         """Fill `pi` (n,) with a permutation and `rank` (n,) with its inverse.
 
@@ -249,7 +243,7 @@ def _draw_permutation() -> Callable:
         2^-37 at 2^14 rows.
         """
         for i in range(pi.size):
-            j = intp(_high_product(words[i], uint64(i + 1)))
+            j = np.intp(_high_product(words[i], np.uint64(i + 1)))
             pi[i] = pi[j]
             pi[j] = i
         for i in range(pi.size):
@@ -273,7 +267,7 @@ def _libc_getrandom() -> Callable:
 
 
 def _fill_random(getrandom: Callable) -> Callable:
-    @_kernel(intp(uint64[::1]))
+    @_kernel("intp(uint64[::1])")
     def fill_random(words):
         """Fill `words` (n,) from getrandom(2); 0, or 1 if that failed.
 

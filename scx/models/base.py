@@ -14,6 +14,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from scx import codec, engine
 from scx.attention import OP_NAME, SCXAttention, logger
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
+from scx.host_device import HostDevice, HostSecureLayer, default_workers
 from scx.keys import RootKey, SCXConfig, get_scx_config
 from scx.secure_device import SecureLayer
 
@@ -41,8 +42,12 @@ class SCXForCausalLM(nn.Module):
         root = RootKey.load(config)
         for index, attention in zip(chosen, self.encoded, strict=True):
             attention.__class__ = self.attention_class
-            _attach_secure_layer(attention, index, config, root)
+            attention.layer_index = index
+            attention.layer_name = attention.attn.layer_name.removesuffix(".attn")
+            attention.debug = config.enable_debug
+            attention.key_fingerprint = root.fingerprint
             _announce(attention, vllm_config)
+        _attach_secure_layers(self.encoded, vllm_config, config, root)
         logger.info(
             "SCX encodes the attention of layers %s of %s: %s codec, secure device %s, "
             "graph mode %s, key %s",
@@ -67,12 +72,12 @@ class SCXForCausalLM(nn.Module):
         as with a stale compiled graph. vLLM's profiling run comes through here,
         so that happens before the first request.
         """
-        steps = [attention.secure.traffic.steps for attention in self.encoded]
+        calls = [attention.calls for attention in self.encoded]
         result = super().forward(
             input_ids, positions, intermediate_tensors, inputs_embeds
         )
-        for attention, before in zip(self.encoded, steps, strict=True):
-            if attention.secure.traffic.steps == before:
+        for attention, before in zip(self.encoded, calls, strict=True):
+            if attention.calls == before:
                 raise SCXNotEncodedError(
                     f"layer {attention.layer_index} ran without its secure device: a "
                     "stale compiled graph was loaded; set VLLM_DISABLE_COMPILE_CACHE=1"
@@ -80,28 +85,49 @@ class SCXForCausalLM(nn.Module):
         return result
 
 
-def _attach_secure_layer(
-    attention: SCXAttention, index: int, config: SCXConfig, root: RootKey
+def _attach_secure_layers(
+    layers: list[SCXAttention], vllm_config: VllmConfig, config: SCXConfig, root: RootKey
 ) -> None:
-    rotary = attention.rotary_emb
+    """Give each layer its secure device's side, with the key that is its own."""
+    feature_keys = [
+        codec.derive_feature_key(
+            root, layer.layer_index, _global_kv_heads(layer), layer.head_dim
+        )
+        for layer in layers
+    ]
+    rotary = layers[0].rotary_emb
+    # Every layer of these models has the same table; vLLM shares the object.
+    if any(layer.rotary_emb is not rotary for layer in layers):
+        raise SCXUnsupportedError(
+            "rotary embeddings that differ by layer are not encoded"
+        )
     if type(rotary).forward_native is not RotaryEmbedding.forward_native:
         raise SCXUnsupportedError(
-            f"the rotary embedding {type(rotary).__name__} of layer {index} is more than "
-            "a table of cosines and sines, so it is not encoded"
+            f"the rotary embedding {type(rotary).__name__} is more than a table of "
+            "cosines and sines, so it is not encoded"
         )
-    attention.layer_index = index
-    attention.layer_name = attention.attn.layer_name.removesuffix(".attn")
-    attention.debug = config.enable_debug
-    attention.key_fingerprint = root.fingerprint
-    attention.secure = SecureLayer(
-        torch.device(config.secure_device),
-        codec.derive_feature_key(
-            root, index, _global_kv_heads(attention), attention.head_dim
-        ),
-        rotary.cos_sin_cache,
-        rotary.is_neox_style,
-        attention.num_heads,
-    )
+    if engine.uses_host_device(config):
+        host = HostDevice(
+            feature_keys,
+            rotary.cos_sin_cache,
+            rotary.is_neox_style,
+            layers[0].num_heads,
+            layers[0].hidden_size,
+            engine.max_step_tokens(vllm_config),
+            vllm_config.model_config.dtype,
+            rotary.cos_sin_cache.device,
+            default_workers(get_tensor_model_parallel_world_size()),
+        )
+        for slot, layer in enumerate(layers):
+            layer.secure = HostSecureLayer(host, slot)
+        logger.info("SCX staging: %.1f MiB pinned", host.mailbox.nbytes / 2**20)
+        return
+    device = torch.device(config.secure_device)
+    cos_sin_cache = rotary.cos_sin_cache.to(device)
+    for layer, feature_key in zip(layers, feature_keys, strict=True):
+        layer.secure = SecureLayer(
+            device, feature_key, cos_sin_cache, rotary.is_neox_style, layer.num_heads
+        )
 
 
 def _global_kv_heads(attention: SCXAttention) -> range:

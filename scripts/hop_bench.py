@@ -1,0 +1,131 @@
+"""What one trip to the host costs, alone, on this machine's GPU.
+
+    python -m scripts.hop_bench [--out FILE.json]
+
+For the shapes of Qwen2-1.5B: each kind of trip, in a CUDA graph of 60 for small
+steps and eagerly for long ones, beside plain pinned copies of the same bytes in
+both directions, one after the other and at once. Medians of 9.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from scx import codec
+from scx.host_device import HostDevice, HostSecureLayer, default_workers
+from scx.keys import RootKey
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 1536, 12, 2, 128
+REPEATS = 9
+
+
+def timed(run: Callable[[], None], trips: int) -> float:
+    """Median microseconds a trip."""
+    seconds = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) / trips * 1e6
+
+
+def trips(layer: HostSecureLayer, tokens: int) -> dict[str, Callable[[], None]]:
+    """The three trips of a layer for a step of so many tokens."""
+    width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    cuda = {"device": "cuda", "dtype": torch.bfloat16}
+    hidden, qkv = torch.randn(tokens, HIDDEN, **cuda), torch.randn(tokens, width, **cuda)
+    attention = torch.randn(tokens, HEADS * HEAD_DIM, **cuda)
+    output = torch.empty_like(attention)
+    positions = torch.arange(tokens, device="cuda")
+    return {
+        "encode_rows": lambda: layer.encode_rows(hidden),
+        "encode_features": lambda: layer.encode_features(qkv, positions),
+        "decode_features": lambda: layer.decode_features(attention, output),
+    }
+
+
+def in_graph(run: Callable[[], None], count: int) -> Callable[[], None]:
+    """A graph of `count` trips; a warm-up ran before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            run()
+    return graph.replay
+
+
+def copies(tokens: int, width: int) -> dict[str, float]:
+    """Microseconds of pinned copies of (tokens, width) bfloat16."""
+    host = [
+        torch.empty(tokens, width, dtype=torch.bfloat16, pin_memory=True) for _ in "ab"
+    ]
+    device = [
+        torch.empty(tokens, width, dtype=torch.bfloat16, device="cuda") for _ in "ab"
+    ]
+    other = torch.cuda.Stream()
+
+    def down() -> None:
+        host[0].copy_(device[0], non_blocking=True)
+
+    def up() -> None:
+        device[1].copy_(host[1], non_blocking=True)
+
+    def both() -> None:
+        with torch.cuda.stream(other):
+            up()
+        down()
+
+    def one_after_other() -> None:
+        down()
+        up()
+
+    return {run.__name__: timed(run, 1) for run in (down, up, one_after_other, both)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    out = parser.parse_args().out
+    workers = default_workers(1)
+    host = HostDevice(
+        [codec.derive_feature_key(RootKey.draw(), 0, range(KV_HEADS), HEAD_DIM)],
+        torch.randn(40_000, HEAD_DIM),
+        True,
+        HEADS,
+        HIDDEN,
+        16384,
+        torch.bfloat16,
+        torch.device("cuda"),
+        workers,
+    )
+    layer = HostSecureLayer(host, 0)
+    results: dict = {
+        "device": torch.cuda.get_device_name(),
+        "workers": workers,
+        "pinned_bytes": host.mailbox.nbytes,
+        "microseconds": {},
+        "copies": {t: copies(t, 2048) for t in (1, 64, 8192, 16384)},
+    }
+    for tokens in (1, 8, 64, 256, 1024, 8192, 16384):
+        row = results["microseconds"][tokens] = {}
+        for name, run in trips(layer, tokens).items():
+            run()
+            small = tokens <= 256
+            row[name] = timed(in_graph(run, 60), 60) if small else timed(run, 1)
+        print(tokens, {name: round(value, 1) for name, value in row.items()}, flush=True)
+    print(
+        {t: {k: round(v, 1) for k, v in r.items()} for t, r in results["copies"].items()}
+    )
+    if out is not None:
+        out.write_text(json.dumps(results, indent=2) + "\n")
+    host.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""The host as secure device, without a wait in Python.
+
+The accelerator runs `scx.kernels.exchange`, worker threads of this process run
+`scx.kernels.host_worker`, and between them lies pinned memory that is allocated
+once. So a step stays asynchronous for vLLM, can be captured in a CUDA graph,
+and draws a fresh row permutation in each replay.
+"""
+
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from scx import codec
+from scx.kernels import host_worker
+from scx.kernels.host_worker import DECODE_FEATURES, ENCODE_FEATURES, ENCODE_ROWS
+from scx.secure_device import Traffic
+
+MAX_WORKERS = 16
+
+
+@dataclass(frozen=True)
+class Mailbox:
+    """Pinned memory that both sides map; chunks are those of `scx.kernels.exchange`."""
+
+    inbox: torch.Tensor
+    """Rows from the accelerator, flat."""
+    outbox: torch.Tensor
+    """Rows for the accelerator, flat."""
+    positions: torch.Tensor
+    """int64, one a token."""
+    ready: torch.Tensor
+    """int64, one a chunk: the turn in which it was sent."""
+    done: torch.Tensor
+    """int64, one a chunk: the turn in which it was answered."""
+    bell: torch.Tensor
+    """int64 (1,): turn and hop, as `pack_bell` has it."""
+
+    @classmethod
+    def allocate(cls, max_tokens: int, max_width: int, dtype: torch.dtype) -> "Mailbox":
+        """For steps of `max_tokens` rows of `max_width` elements; flags start at 0."""
+        # With one row a chunk there are as many chunks as tokens, up to 8 tokens.
+        chunks = max_tokens // 8 + 16
+
+        def zeros(count: int, kind: torch.dtype) -> torch.Tensor:
+            # vLLM builds models under a default device, so the host is named here.
+            pinned = torch.cuda.is_available()
+            return torch.zeros(count, dtype=kind, device="cpu", pin_memory=pinned)
+
+        return cls(
+            inbox=zeros(max_tokens * max_width, dtype),
+            outbox=zeros(max_tokens * max_width, dtype),
+            positions=zeros(max_tokens, torch.int64),
+            ready=zeros(chunks, torch.int64),
+            done=zeros(chunks, torch.int64),
+            bell=zeros(1, torch.int64),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the pinned memory."""
+        return sum(tensor.nbytes for tensor in vars(self).values())
+
+
+class HostDevice:
+    """The secure memory and the workers of one rank, shared by its encoded layers."""
+
+    def __init__(
+        self,
+        feature_keys: Sequence[torch.Tensor],
+        cos_sin_cache: torch.Tensor,
+        is_neox_style: bool,
+        num_heads: int,
+        hidden_size: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        accelerator: torch.device,
+        workers: int,
+    ) -> None:
+        """One feature key (M, D) for each encoded layer, in the order of their slots.
+
+        `dtype` is that of the rows, `max_tokens` the most tokens of a step.
+        Compiles the workers' loop, which takes seconds, and starts them.
+        """
+        kv_heads, head_dim = feature_keys[0].shape
+        self.query_size, kv_size = num_heads * head_dim, kv_heads * head_dim
+        self.kv_size = kv_size
+        widths = {
+            ENCODE_ROWS: hidden_size,
+            ENCODE_FEATURES: self.query_size + 2 * kv_size,
+            DECODE_FEATURES: self.query_size,
+        }
+        self.device = torch.device("cpu")
+        self.feature_keys = torch.stack(list(feature_keys)).to(self.device)
+        self.mailbox = Mailbox.allocate(max_tokens, max(widths.values()), dtype)
+        self.sequence = torch.zeros(1, dtype=torch.int64, device=accelerator)
+        self.arrivals = torch.zeros(1, dtype=torch.int32, device=accelerator)
+
+        slots = range(len(feature_keys))
+        hops = [[kind, slot, widths[kind]] for slot in slots for kind in range(3)]
+        self.counters = torch.zeros(
+            (len(slots), 3), dtype=torch.int64, device=self.device
+        )
+        self._stop = torch.zeros(1, dtype=torch.int64, device=self.device)
+        words = torch.zeros(
+            (len(slots), max_tokens), dtype=torch.uint64, device=self.device
+        )
+        words_left = torch.zeros(len(slots), dtype=torch.int64, device=self.device)
+        narrow_keys = self.feature_keys.to(torch.uint16)
+        inverse_keys = self.feature_keys.argsort(-1).to(torch.uint16)
+        arguments = (
+            self._stop.data_ptr(),
+            self.mailbox.bell.data_ptr(),
+            self.mailbox.ready.data_ptr(),
+            self.mailbox.done.data_ptr(),
+            words_left.data_ptr(),
+            _elements(self.mailbox.inbox),
+            _elements(self.mailbox.outbox),
+            self.mailbox.positions.numpy(),
+            torch.tensor(hops, dtype=torch.int64, device=self.device).numpy(),
+            narrow_keys.numpy(),
+            inverse_keys.numpy(),
+            cos_sin_cache.to(self.device, torch.float32).contiguous().numpy(),
+            num_heads,
+            is_neox_style,
+            words.numpy(),
+            words_left.numpy(),
+            self.counters.numpy(),
+        )
+        serve = host_worker.worker_loop(dtype)
+        # The threads hold the arrays; these tensors are only looked at through them.
+        self._threads = [
+            threading.Thread(
+                target=serve,
+                args=(worker, workers, *arguments),
+                name=f"scx-host-{worker}",
+                daemon=True,
+            )
+            for worker in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._finalizer = weakref.finalize(self, _stop, self._stop, self._threads)
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._finalizer()
+
+    def exchange(
+        self, source: torch.Tensor, hop: int, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the host makes of the rows of `source` (T, W) in this hop: (T, W)."""
+        from scx.kernels.exchange import exchange
+
+        source = source.contiguous()
+        target = torch.empty_like(source)
+        box = self.mailbox
+        exchange(
+            source,
+            target,
+            positions,
+            box.inbox,
+            box.outbox,
+            box.positions,
+            box.ready,
+            box.done,
+            box.bell,
+            self.sequence,
+            self.arrivals,
+            hop,
+        )
+        return target
+
+
+class HostSecureLayer:
+    """One encoded layer of a HostDevice; its calls are those of SecureLayer."""
+
+    def __init__(self, host: HostDevice, slot: int) -> None:
+        self.device = host.device
+        self._host = host
+        self._slot = slot
+
+    def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As SecureLayer.encode_rows; above GROUP_ROWS rows, shuffled within groups."""
+        return self._host.exchange(hidden_states, self._hop(ENCODE_ROWS))
+
+    def encode_features(
+        self, qkv: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As SecureLayer.encode_features."""
+        encoded = self._host.exchange(qkv, self._hop(ENCODE_FEATURES), positions)
+        sizes = (self._host.query_size, self._host.kv_size, self._host.kv_size)
+        q, k, v = encoded.split(sizes, dim=-1)
+        return q, k, v
+
+    def decode_features(self, attention: torch.Tensor, output: torch.Tensor) -> None:
+        """As SecureLayer.decode_features."""
+        output.copy_(self._host.exchange(attention, self._hop(DECODE_FEATURES)))
+
+    def decode_cache(self, heads: torch.Tensor) -> torch.Tensor:
+        """As SecureLayer.decode_cache."""
+        key = self._host.feature_keys[self._slot]
+        return codec.decode_features(heads.to(self.device), key)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What crossed so far, replays of captured graphs included."""
+        return Traffic(*self._host.counters[self._slot].tolist())
+
+    def _hop(self, kind: int) -> int:
+        return 3 * self._slot + kind
+
+
+def default_workers(ranks: int) -> int:
+    """Threads for one of `ranks` ranks of this machine: its cores but two, shared."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(MAX_WORKERS, (cores - 2) // ranks))
+
+
+def _elements(tensor: torch.Tensor):
+    """The numpy view that the kernels take: numba has no 16-bit floats."""
+    return (
+        tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)
+    ).numpy()
+
+
+def _stop(flag: torch.Tensor, threads: list[threading.Thread]) -> None:
+    flag.fill_(1)
+    for thread in threads:
+        thread.join()

@@ -1,0 +1,187 @@
+"""The accelerator's half of a trip to the host and back, as one Triton kernel.
+
+A step of an encoded layer that waited for Python would stop vLLM's CUDA graphs.
+This kernel waits for nobody but a host thread: it writes its rows to pinned
+memory that both sides map, raises a flag there, polls another flag, and reads
+the rows that the host wrote. It is a kernel like any other to a stream and to a
+captured graph, and each replay sends what is in its buffers then.
+
+The rows are cut into chunks. Program c sends chunk c; program chunks + c
+receives it, so rows of one chunk leave while those of another arrive. All
+memory that is shared with the host is written before a release store and read
+after an acquire load, both of system scope.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# A host that has not answered by then is gone: the kernel traps, which vLLM
+# reports as a CUDA error. Each poll is a read across the bus, about 1 us.
+POLLS = 30_000_000
+
+_BLOCK = tl.constexpr(8192)
+_MAX_CHUNK_ROWS = tl.constexpr(64)
+_WARPS = 8
+
+
+@triton.jit
+def _store_release(pointer, value):
+    tl.inline_asm_elementwise(
+        "st.release.sys.global.u64 [$1], $2; mov.u64 $0, $2;",
+        "=l,l,l",
+        [pointer.to(tl.int64), value],
+        dtype=tl.int64,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _load_acquire(pointer):
+    return tl.inline_asm_elementwise(
+        "ld.acquire.sys.global.u64 $0, [$1];",
+        "=l,l",
+        [pointer.to(tl.int64)],
+        dtype=tl.int64,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _trap_after(polls, limit):
+    tl.inline_asm_elementwise(
+        "{ .reg .pred late; setp.ge.s64 late, $1, $2; @late trap; mov.u64 $0, $1; }",
+        "=l,l,l",
+        [polls, limit],
+        dtype=tl.int64,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit(do_not_specialize=["num_tokens", "chunk_rows", "hop", "limit"])
+def _exchange(
+    source,
+    target,
+    positions,
+    inbox,
+    outbox,
+    inbox_positions,
+    ready,
+    done,
+    bell,
+    sequence,
+    arrivals,
+    num_tokens,
+    chunk_rows,
+    hop,
+    limit,
+    WIDTH: tl.constexpr,
+    WITH_POSITIONS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    chunks = tl.num_programs(0) // 2
+    turn = tl.load(sequence) + 1
+    chunk = program % chunks
+    first = chunk * chunk_rows
+    last = tl.minimum(first + chunk_rows, num_tokens)
+    if program < chunks:
+        for start in range(first * WIDTH, last * WIDTH, _BLOCK):
+            column = start + tl.arange(0, _BLOCK)
+            inside = column < last * WIDTH
+            tl.store(inbox + column, tl.load(source + column, inside), inside)
+        if WITH_POSITIONS:
+            row = first + tl.arange(0, _MAX_CHUNK_ROWS)
+            inside = row < last
+            tl.store(inbox_positions + row, tl.load(positions + row, inside), inside)
+        tl.debug_barrier()
+        _store_release(ready + chunk, turn)
+        if chunk == 0:
+            _store_release(bell, (turn << 32) | hop)
+    else:
+        polls = tl.zeros((), tl.int64)
+        seen = _load_acquire(done + chunk)
+        while seen != turn:
+            polls += 1
+            _trap_after(polls, limit)
+            seen = _load_acquire(done + chunk)
+        tl.debug_barrier()
+        for start in range(first * WIDTH, last * WIDTH, _BLOCK):
+            column = start + tl.arange(0, _BLOCK)
+            inside = column < last * WIDTH
+            # Past the caches: the host wrote this while the kernel ran.
+            rows = tl.load(outbox + column, inside, cache_modifier=".cv")
+            tl.store(target + column, rows, inside)
+    tl.debug_barrier()
+    # The last program to arrive takes the turn; the next kernel starts after it.
+    if tl.atomic_add(arrivals, 1) == 2 * chunks - 1:
+        tl.store(arrivals, 0)
+        tl.store(sequence, turn)
+
+
+def chunk_rows_of(num_tokens: int) -> int:
+    """Rows a chunk, a power of two up to 64: eight chunks for a decode batch, and for
+    a long prefill chunks that are small beside the whole."""
+    rows = max(1, min(_MAX_CHUNK_ROWS.value, num_tokens // 8))
+    return 1 << (rows.bit_length() - 1)
+
+
+def exchange(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    positions: torch.Tensor | None,
+    inbox: torch.Tensor,
+    outbox: torch.Tensor,
+    inbox_positions: torch.Tensor,
+    ready: torch.Tensor,
+    done: torch.Tensor,
+    bell: torch.Tensor,
+    sequence: torch.Tensor,
+    arrivals: torch.Tensor,
+    hop: int,
+) -> None:
+    """Send the rows of `source` (T, W) to the host and receive `target` (T, W).
+
+    `source` and `target` are contiguous on the accelerator, `positions` int64 (T,)
+    or None. `inbox`, `outbox` (flat, of the same type), `inbox_positions`, `ready`,
+    `done` and `bell` (int64) are pinned host memory; `sequence` int64 (1,) and
+    `arrivals` int32 (1,) are the accelerator's and start at 0. `hop` names the
+    trip to the host. Runs on the current stream.
+    """
+    num_tokens, width = source.shape
+    if num_tokens == 0:
+        return
+    chunk_rows = chunk_rows_of(num_tokens)
+    chunks = triton.cdiv(num_tokens, chunk_rows)
+    _exchange[(2 * chunks,)](
+        source,
+        target,
+        source if positions is None else positions,
+        inbox,
+        outbox,
+        inbox_positions,
+        ready,
+        done,
+        bell,
+        sequence,
+        arrivals,
+        num_tokens,
+        chunk_rows,
+        pack_bell(hop, chunk_rows, num_tokens),
+        POLLS,
+        WIDTH=width,
+        WITH_POSITIONS=positions is not None,
+        num_warps=_WARPS,
+    )
+
+
+TOKEN_BITS = 20
+CHUNK_BITS = 3
+
+
+def pack_bell(hop: int, chunk_rows: int, num_tokens: int) -> int:
+    """The low 32 bits of the bell: hop, log2 of the rows a chunk, tokens of the step."""
+    log_rows = chunk_rows.bit_length() - 1
+    return ((hop << CHUNK_BITS) | log_rows) << TOKEN_BITS | num_tokens

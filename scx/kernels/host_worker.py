@@ -1,0 +1,230 @@
+"""The host's half of the trip: threads of compiled code that serve the flags.
+
+`scx.kernels.exchange` has the other half. A worker polls the bell, and when it
+rings for a hop, serves every `workers`-th chunk of it: it waits for the rows
+that it needs, encodes or decodes, and raises the chunk's flag. A worker holds
+no GIL and no lock. It spins for a while after its last work and then naps.
+
+Rows are shuffled within groups of GROUP_ROWS, so that the first rows of a long
+prefill can go back before the last have arrived; a step of up to that many
+tokens is one group. The random words of a layer's next permutation are drawn
+by worker 0 while the accelerator is busy elsewhere; each worker turns the same
+words into the same permutation, and each word is used once.
+"""
+
+import ctypes
+import functools
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import int64, intp
+from numba.core import cgutils
+from numba.core.typing import signature
+from numba.extending import intrinsic
+
+from scx.kernels.host import host_kernels
+
+_I64 = ir.IntType(64)
+
+GROUP_ROWS = 2048
+
+ENCODE_ROWS, ENCODE_FEATURES, DECODE_FEATURES = range(3)
+
+# Columns of the table of hops.
+HOP_KIND, HOP_LAYER, HOP_WIDTH = range(3)
+# Columns of the counters, one row a layer.
+COUNT_STEPS, COUNT_CROSSINGS, COUNT_BYTES_IN, COUNT_BYTES_OUT = range(4)
+
+TOKEN_MASK = (1 << 20) - 1
+CHUNK_MASK = 7
+
+# About 40 ns a spin: 20 ms, more than the gap between two decode steps.
+_SPINS = 500_000
+_NAP_MICROSECONDS = 50
+
+
+def _load_acquire_code(typing_context, address):
+    def emit(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return signature(int64, intp), emit
+
+
+def _store_release_code(typing_context, address, value):
+    def emit(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
+        builder.store_atomic(arguments[1], pointer, "release", 8)
+        return arguments[1]
+
+    return signature(int64, intp, int64), emit
+
+
+def _relax_code(typing_context):
+    """Tell an x86 core that this is a spin loop; others have no need of it."""
+
+    def emit(context, builder, signature, arguments):
+        if platform.machine() in ("x86_64", "AMD64"):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            name = "llvm.x86.sse2.pause"
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+        return _I64(0)
+
+    return signature(int64), emit
+
+
+# Their Python signature is not the one that compiled code calls.
+_load_acquire: Any = intrinsic(_load_acquire_code)
+_store_release: Any = intrinsic(_store_release_code)
+_relax: Any = intrinsic(_relax_code)
+
+
+def _libc_usleep() -> Callable:
+    usleep = ctypes.CDLL(None).usleep
+    usleep.argtypes = (ctypes.c_uint,)
+    usleep.restype = ctypes.c_int
+    return usleep
+
+
+@functools.cache
+def worker_loop(dtype: torch.dtype) -> Callable:
+    """The compiled loop of one worker for rows of `dtype`. It returns 0 when it is
+    told to stop and 1 where the operating system gave no randomness."""
+    kernels = host_kernels(dtype)
+    encode_rows, encode_features = kernels.encode_rows, kernels.encode_features
+    decode_features, fill_random = kernels.decode_features, kernels.fill_random
+    draw_permutation = kernels.draw_permutation
+    usleep = _libc_usleep()
+    element = "float32" if dtype == torch.float32 else "uint16"
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def wait_for(address, value):
+        while _load_acquire(address) < value:
+            _relax()
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def wait_for_chunks(ready, first, last, turn):
+        for chunk in range(first, last):
+            while _load_acquire(ready + 8 * chunk) != turn:
+                _relax()
+
+    @numba.njit(
+        "intp(intp, intp, intp, intp, intp, intp, intp, "
+        f"{element}[::1], {element}[::1], int64[::1], int64[:, ::1], uint16[:, :, ::1], "
+        "uint16[:, :, ::1], float32[:, ::1], intp, boolean, uint64[:, ::1], int64[::1], "
+        "int64[:, ::1])",
+        nogil=True,
+        error_model="numpy",
+    )
+    def serve(
+        worker,
+        workers,
+        stop,
+        bell,
+        ready,
+        done,
+        words_left_address,
+        inbox,
+        outbox,
+        positions,
+        hops,
+        keys,
+        inverse_keys,
+        cos_sin,
+        num_heads,
+        is_neox_style,
+        words,
+        words_left,
+        counters,
+    ):
+        pi = np.empty(GROUP_ROWS, np.int32)
+        rank = np.empty(GROUP_ROWS, np.int32)
+        heard = np.int64(0)
+        spins = 0
+        while True:
+            ringing = _load_acquire(bell)
+            if ringing == heard:
+                if _load_acquire(stop) != 0:
+                    return 0
+                spins += 1
+                if spins < _SPINS:
+                    _relax()
+                else:
+                    usleep(_NAP_MICROSECONDS)
+                continue
+            heard, spins = ringing, 0
+            turn = ringing >> 32
+            tokens = ringing & TOKEN_MASK
+            rows = 1 << ((ringing >> 20) & CHUNK_MASK)
+            hop = (ringing >> 23) & 511
+            kind, layer = hops[hop, HOP_KIND], hops[hop, HOP_LAYER]
+            width = hops[hop, HOP_WIDTH]
+            chunks = (tokens + rows - 1) // rows
+            fresh = words_left_address + 8 * layer
+            if worker == 0:
+                counters[layer, COUNT_STEPS] += kind == ENCODE_ROWS
+                counters[layer, COUNT_CROSSINGS] += 2
+                counters[layer, COUNT_BYTES_IN] += tokens * width * inbox.itemsize
+                counters[layer, COUNT_BYTES_OUT] += tokens * width * inbox.itemsize
+                if kind == ENCODE_FEATURES:
+                    counters[layer, COUNT_BYTES_IN] += tokens * positions.itemsize
+                if kind == ENCODE_ROWS and words_left[layer] < tokens:
+                    if fill_random(words[layer, words_left[layer] : tokens]) != 0:
+                        return 1
+                    _store_release(fresh, tokens)
+                elif kind == DECODE_FEATURES:
+                    # Before this worker's first flag of the hop, so before any
+                    # later hop, in which the old words would count as fresh.
+                    _store_release(fresh, 0)
+            drawn = -1
+            source = inbox[: tokens * width].reshape(tokens, width)
+            target = outbox[: tokens * width].reshape(tokens, width)
+            for chunk in range(worker, chunks, workers):
+                first = chunk * rows
+                last = min(first + rows, tokens)
+                if kind == DECODE_FEATURES:
+                    wait_for_chunks(ready, chunk, chunk + 1, turn)
+                    decode_features(source, target, inverse_keys[layer], first, last)
+                else:
+                    group = first // GROUP_ROWS
+                    begin = group * GROUP_ROWS
+                    end = min(begin + GROUP_ROWS, tokens)
+                    if drawn != group:
+                        wait_for(fresh, tokens)
+                        size = end - begin
+                        draw_permutation(words[layer, begin:end], pi[:size], rank[:size])
+                        drawn = group
+                    wait_for_chunks(ready, begin // rows, (end + rows - 1) // rows, turn)
+                    if kind == ENCODE_ROWS:
+                        encode_rows(
+                            source[begin:end],
+                            target[begin:end],
+                            pi,
+                            first - begin,
+                            last - begin,
+                        )
+                    else:
+                        encode_features(
+                            source[begin:end],
+                            target[begin:end],
+                            rank,
+                            positions[begin:end],
+                            cos_sin,
+                            keys[layer],
+                            num_heads,
+                            is_neox_style,
+                            first - begin,
+                            last - begin,
+                        )
+                _store_release(done + 8 * chunk, turn)
+            if worker == 0 and kind == DECODE_FEATURES:
+                if fill_random(words[layer, :tokens]) != 0:
+                    return 1
+                _store_release(fresh, tokens)
+
+    return serve
