@@ -74,7 +74,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """Two lines: what ran where, and how."""
+        """Three lines: what ran where, on which versions, and how."""
         setting = self.setting
         versions = ", ".join(f"{k} {v}" for k, v in setting["versions"].items())
         commit = (setting["commit"] or "no commit")[:10]
@@ -91,7 +91,7 @@ class Comparison:
         where = (
             f"{setting['model']} on {setting['accelerator']}, {setting['cores']} cores"
         )
-        return f"{where}; {versions}\n{', '.join(how)}"
+        return "\n".join([where, versions, ", ".join(how)])
 
 
 def compare(records: list[Record]) -> list[Comparison]:
@@ -203,10 +203,12 @@ def draw(axes: Any, comparison: Comparison) -> None:
             axes.annotate(
                 f"{middle:.2f}",
                 (x, ratios[-1]),
-                xytext=(0, 3),
+                xytext=(0, 4),
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
+                # White, so that the line of the native arm does not strike it out.
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             )
             top = max(top, ratios[-1])
     axes.axhline(1, color="gray", linestyle="--", linewidth=1, label="native")
@@ -217,7 +219,7 @@ def draw(axes: Any, comparison: Comparison) -> None:
     )
     axes.set_xlabel("workload: prompts x input + output tokens; below, native tokens/s")
     axes.set_ylabel("throughput, ratio to native")
-    axes.set_title(comparison.title.replace("; ", "\n", 1), fontsize=8)
+    axes.set_title(comparison.title, fontsize=8)
     axes.legend(title="layers@device", loc="center left", bbox_to_anchor=(1, 0.5))
 
 

@@ -272,7 +272,7 @@ def git_state() -> tuple[str | None, bool | None]:
     git = shutil.which("git")
     if git is None:
         return None, None
-    describe = "describe --always --dirty --abbrev=40 --exclude=*".split()
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     folder = str(Path(__file__).parent)
     run = subprocess.run(  # noqa: S603
         [git, "-C", folder, *describe], capture_output=True, text=True
@@ -294,33 +294,24 @@ def run_arm(arm: Arm, round_number: int, plan: Plan) -> None:
     start = time.perf_counter()
     llm = LLM(model=str(plan.model), **plan.setting.engine_args)
     build_seconds = time.perf_counter() - start
-    for workload in plan.workloads:
-        measured = measure(llm, arm, workload, plan)
-        rates = [workload.counted_tokens / seconds for seconds in measured["seconds"]]
-        record = Record(
-            **asdict(plan.setting),
-            **measured,
-            arm=arm.name,
-            layers=arm.layers,
-            device=arm.device,
-            round=round_number,
-            workload=workload.name,
-            prompts=workload.prompts,
-            input_tokens=workload.input_tokens,
-            output_tokens=workload.output_tokens,
-            counted_tokens=workload.counted_tokens,
-            build_seconds=build_seconds,
-            tokens_per_second=statistics.median(rates),
-            tokens_per_second_min=min(rates),
-            tokens_per_second_max=max(rates),
-            utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
-        append_record(record, plan.out)
-        print(
-            f"  {workload.name}: {record.tokens_per_second:,.1f} tokens/s",
-            file=sys.stderr,
-            flush=True,
-        )
+    try:
+        for workload in plan.workloads:
+            record = Record(
+                **asdict(plan.setting),
+                **measure(llm, arm, workload, plan),
+                arm=arm.name,
+                layers=arm.layers,
+                device=arm.device,
+                round=round_number,
+                build_seconds=build_seconds,
+                utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            )
+            append_record(record, plan.out)
+            speed = f"{record.tokens_per_second:,.1f} tokens/s"
+            print(f"  {workload.name}: {speed}", file=sys.stderr, flush=True)
+    finally:
+        # This process would wait for the engine's at its end, for ever.
+        llm.llm_engine.engine_core.shutdown()
 
 
 def set_variables(arm: Arm, in_process: bool) -> None:
@@ -330,13 +321,13 @@ def set_variables(arm: Arm, in_process: bool) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not in_process))
     # The counters are asked for by a function that is sent to the workers.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     scx_env_init(arm.layers, arm.device)
 
 
 def measure(llm: Any, arm: Arm, workload: Workload, plan: Plan) -> dict[str, Any]:
-    """The measured fields of Record, after the warm-up runs."""
+    """The fields of Record that say what was run and measured, after the warm-ups."""
     warmups, seed = plan.setting.warmups, plan.setting.seed
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
 
@@ -350,8 +341,17 @@ def measure(llm: Any, arm: Arm, workload: Workload, plan: Plan) -> dict[str, Any
     crossed = crossed_so_far(llm) if arm.layers else None
     runs = [run(warmups + number) for number in range(plan.repeats)]
     stats = [stats for run in runs for stats in run.stats]
+    rates = [workload.counted_tokens / run.seconds for run in runs]
     return {
+        "workload": workload.name,
+        "prompts": workload.prompts,
+        "input_tokens": workload.input_tokens,
+        "output_tokens": workload.output_tokens,
+        "counted_tokens": workload.counted_tokens,
         "seconds": [run.seconds for run in runs],
+        "tokens_per_second": statistics.median(rates),
+        "tokens_per_second_min": min(rates),
+        "tokens_per_second_max": max(rates),
         "cpu_ratio": [run.cpu_seconds / run.seconds for run in runs],
         "ttft_seconds": median(map(first_token_seconds, stats)),
         "tpot_seconds": median(map(later_token_seconds, stats)),
@@ -405,8 +405,8 @@ def timed_run(llm: Any, workload: Workload, prompts: list[Any]) -> Run:
 def cpu_seconds() -> float:
     """User and system seconds of this process and of all that it started.
 
-    Not getrusage: that counts children only after they ended, and the engine
-    lives on.
+    They come in steps of a clock tick, mostly 10 ms. Not getrusage: that counts
+    children only after they ended, and the engine lives on.
     """
     import psutil
 

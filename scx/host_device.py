@@ -16,7 +16,12 @@ import torch
 
 from scx import codec
 from scx.kernels import host_worker
-from scx.kernels.host_worker import DECODE_FEATURES, ENCODE_FEATURES, ENCODE_ROWS
+from scx.kernels.host_worker import (
+    DECODE_FEATURES,
+    ENCODE_FEATURES,
+    ENCODE_ROWS,
+    FLAG_BYTES,
+)
 from scx.secure_device import Traffic
 
 MAX_WORKERS = 16
@@ -33,9 +38,9 @@ class Mailbox:
     positions: torch.Tensor
     """int64, one a token."""
     ready: torch.Tensor
-    """int64, one a chunk: the turn in which it was sent."""
+    """int64, a cache line a chunk: the turn in which it was sent."""
     done: torch.Tensor
-    """int64, one a chunk: the turn in which it was answered."""
+    """int64, a cache line a chunk: the turn in which it was answered."""
     bell: torch.Tensor
     """int64 (1,): turn and hop, as `pack_bell` has it."""
 
@@ -54,8 +59,8 @@ class Mailbox:
             inbox=zeros(max_tokens * max_width, dtype),
             outbox=zeros(max_tokens * max_width, dtype),
             positions=zeros(max_tokens, torch.int64),
-            ready=zeros(chunks, torch.int64),
-            done=zeros(chunks, torch.int64),
+            ready=zeros(chunks * FLAG_BYTES // 8, torch.int64),
+            done=zeros(chunks * FLAG_BYTES // 8, torch.int64),
             bell=zeros(1, torch.int64),
         )
 
@@ -102,7 +107,7 @@ class HostDevice:
         slots = range(len(feature_keys))
         hops = [[kind, slot, widths[kind]] for slot in slots for kind in range(3)]
         self.counters = torch.zeros(
-            (len(slots), 3), dtype=torch.int64, device=self.device
+            (len(slots), 4), dtype=torch.int64, device=self.device
         )
         self._stop = torch.zeros(1, dtype=torch.int64, device=self.device)
         words = torch.zeros(

@@ -71,7 +71,7 @@ def order_of(rows, hidden):
         return sorted(range(len(x)), key=lambda i: x[i, :4].tolist())
 
     pi = torch.empty(len(rows), dtype=torch.int64)
-    pi[ranks(rows.cpu())] = torch.tensor(ranks(hidden.cpu()))
+    pi[ranks(rows.cpu())] = torch.tensor(ranks(hidden.cpu()), dtype=torch.int64)
     return pi
 
 

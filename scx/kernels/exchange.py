@@ -12,6 +12,8 @@ memory that is shared with the host is written before a release store and read
 after an acquire load, both of system scope.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,15 +22,28 @@ import triton.language as tl
 # reports as a CUDA error. Each poll is a read across the bus, about 1 us.
 POLLS = 30_000_000
 
+FLAG_STRIDE = tl.constexpr(8)
 _BLOCK = tl.constexpr(8192)
 _MAX_CHUNK_ROWS = tl.constexpr(64)
 _WARPS = 8
+# Many waiting programs would fill the bus with polls.
+_LONG_STEP = 512
+_NAP = 2000
 
 
 @triton.jit
-def _store_release(pointer, value):
+def _raise_flag(pointer, value):
+    """Release `value` to the system, by one thread: each such store waits for the bus."""
+    tl.debug_barrier()
     tl.inline_asm_elementwise(
-        "st.release.sys.global.u64 [$1], $2; mov.u64 $0, $2;",
+        """{
+        .reg .pred other;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.ne.u32 other, thread, 0;
+        @!other st.release.sys.global.u64 [$1], $2;
+        mov.u64 $0, $2;
+        }""",
         "=l,l,l",
         [pointer.to(tl.int64), value],
         dtype=tl.int64,
@@ -38,30 +53,41 @@ def _store_release(pointer, value):
 
 
 @triton.jit
-def _load_acquire(pointer):
-    return tl.inline_asm_elementwise(
-        "ld.acquire.sys.global.u64 $0, [$1];",
-        "=l,l",
-        [pointer.to(tl.int64)],
-        dtype=tl.int64,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _trap_after(polls, limit):
+def _await_flag(pointer, value, nap, limit):
+    """Acquire `value` from the system, by one thread, or trap after `limit` polls with
+    naps of `nap` nanoseconds between them."""
     tl.inline_asm_elementwise(
-        "{ .reg .pred late; setp.ge.s64 late, $1, $2; @late trap; mov.u64 $0, $1; }",
-        "=l,l,l",
-        [polls, limit],
+        """{
+        .reg .pred other, seen, late;
+        .reg .u32 thread, nap;
+        .reg .u64 flag, polls;
+        mov.u32 thread, %tid.x;
+        setp.ne.u32 other, thread, 0;
+        @other bra AWAITED;
+        mov.u64 polls, 0;
+        cvt.u32.u64 nap, $4;
+        AWAIT:
+        ld.acquire.sys.global.u64 flag, [$1];
+        setp.eq.u64 seen, flag, $2;
+        @seen bra AWAITED;
+        add.u64 polls, polls, 1;
+        setp.ge.u64 late, polls, $3;
+        @late trap;
+        nanosleep.u32 nap;
+        bra AWAIT;
+        AWAITED:
+        mov.u64 $0, $2;
+        }""",
+        "=l,l,l,l,l",
+        [pointer.to(tl.int64), value, limit.to(tl.int64), nap.to(tl.int64)],
         dtype=tl.int64,
         is_pure=False,
         pack=1,
     )
+    tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunk_rows", "hop", "limit"])
+@triton.jit(do_not_specialize=["num_tokens", "chunk_rows", "hop", "nap", "limit"])
 def _exchange(
     source,
     target,
@@ -77,6 +103,7 @@ def _exchange(
     num_tokens,
     chunk_rows,
     hop,
+    nap,
     limit,
     WIDTH: tl.constexpr,
     WITH_POSITIONS: tl.constexpr,
@@ -96,18 +123,11 @@ def _exchange(
             row = first + tl.arange(0, _MAX_CHUNK_ROWS)
             inside = row < last
             tl.store(inbox_positions + row, tl.load(positions + row, inside), inside)
-        tl.debug_barrier()
-        _store_release(ready + chunk, turn)
+        _raise_flag(ready + chunk * FLAG_STRIDE, turn)
         if chunk == 0:
-            _store_release(bell, (turn << 32) | hop)
+            _raise_flag(bell, (turn << 32) | hop)
     else:
-        polls = tl.zeros((), tl.int64)
-        seen = _load_acquire(done + chunk)
-        while seen != turn:
-            polls += 1
-            _trap_after(polls, limit)
-            seen = _load_acquire(done + chunk)
-        tl.debug_barrier()
+        _await_flag(done + chunk * FLAG_STRIDE, turn, nap, limit)
         for start in range(first * WIDTH, last * WIDTH, _BLOCK):
             column = start + tl.arange(0, _BLOCK)
             inside = column < last * WIDTH
@@ -155,7 +175,8 @@ def exchange(
         return
     chunk_rows = chunk_rows_of(num_tokens)
     chunks = triton.cdiv(num_tokens, chunk_rows)
-    _exchange[(2 * chunks,)](
+    launch: Any = _exchange[(2 * chunks,)]
+    launch(
         source,
         target,
         source if positions is None else positions,
@@ -170,6 +191,7 @@ def exchange(
         num_tokens,
         chunk_rows,
         pack_bell(hop, chunk_rows, num_tokens),
+        _NAP if num_tokens >= _LONG_STEP else 0,
         POLLS,
         WIDTH=width,
         WITH_POSITIONS=positions is not None,

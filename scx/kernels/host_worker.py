@@ -33,6 +33,9 @@ _I64 = ir.IntType(64)
 
 GROUP_ROWS = 2048
 
+# A flag has a cache line to itself: its neighbours belong to other cores.
+FLAG_BYTES = 64
+
 ENCODE_ROWS, ENCODE_FEATURES, DECODE_FEATURES = range(3)
 
 # Columns of the table of hops.
@@ -110,7 +113,7 @@ def worker_loop(dtype: torch.dtype) -> Callable:
     @numba.njit(nogil=True, error_model="numpy")
     def wait_for_chunks(ready, first, last, turn):
         for chunk in range(first, last):
-            while _load_acquire(ready + 8 * chunk) != turn:
+            while _load_acquire(ready + FLAG_BYTES * chunk) != turn:
                 _relax()
 
     @numba.njit(
@@ -221,7 +224,7 @@ def worker_loop(dtype: torch.dtype) -> Callable:
                             first - begin,
                             last - begin,
                         )
-                _store_release(done + 8 * chunk, turn)
+                _store_release(done + FLAG_BYTES * chunk, turn)
             if worker == 0 and kind == DECODE_FEATURES:
                 if fill_random(words[layer, :tokens]) != 0:
                     return 1
