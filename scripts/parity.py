@@ -68,7 +68,7 @@ def compare(
 def main() -> None:
     results: dict[str, Any] = {
         "dtype": "bfloat16",
-        "device": platform.processor() or platform.machine(),
+        "device": f"a CPU ({platform.machine()})",
         "versions": {name: version(name) for name in ("scx-vllm", "vllm", "torch")},
         "models": {},
     }
@@ -93,11 +93,11 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Encoded against native logits",
         "",
-        f"SmolLM2-135M, {results['dtype']}, CPU ({results['device']}), {versions}; written by",
-        "`python -m scripts.parity`. The difference is the largest among the "
-        f"{TOP} largest logits.",
+        f"SmolLM2-135M, {results['dtype']}, on {results['device']}, {versions}.",
+        "Written by `python -m scripts.parity`. The difference is the largest among the",
+        f"{TOP} largest logits of the next token.",
         "",
-        "| model | arm | prefixes | same top token as native | largest logit difference |",
+        "| model | arm | prefixes | same top token | largest logit difference |",
         "|---|---|---|---|---|",
     ]
     for model, arms in results["models"].items():

@@ -13,7 +13,7 @@ from tests.engines import in_new_process
 
 
 def configure_each(cases):
-    """For each (engine arguments, variables): its error's type and text, or its record."""
+    """For each (engine arguments, variables): error type and text, or the record."""
     from vllm.engine.arg_utils import EngineArgs
 
     results = []
