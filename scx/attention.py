@@ -9,15 +9,16 @@ nothing, which vLLM's graph splitting and CUDA graphs ask for.
 """
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
-from scx.host_device import HostSecureLayer
-from scx.secure_device import SecureLayer
+if TYPE_CHECKING:
+    from scx.host_device import HostSecureLayer
+    from scx.secure_device import SecureLayer
 
 OP_NAME = "scx::encoded_attention"
 
@@ -56,7 +57,7 @@ class SCXAttention(nn.Module):
 
     layer_name: str
     layer_index: int
-    secure: SecureLayer | HostSecureLayer
+    secure: "SecureLayer | HostSecureLayer"
     key_fingerprint: str
     debug: bool
     calls: int = 0

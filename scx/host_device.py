@@ -20,8 +20,8 @@ from scx.kernels.host_worker import (
     DECODE_FEATURES,
     ENCODE_FEATURES,
     ENCODE_ROWS,
-    FLAG_BYTES,
 )
+from scx.kernels.protocol import FLAG_BYTES, MIN_CHUNK_ROWS
 from scx.secure_device import Traffic
 
 MAX_WORKERS = 16
@@ -47,8 +47,7 @@ class Mailbox:
     @classmethod
     def allocate(cls, max_tokens: int, max_width: int, dtype: torch.dtype) -> "Mailbox":
         """For steps of `max_tokens` rows of `max_width` elements; flags start at 0."""
-        # With one row a chunk there are as many chunks as tokens, up to 8 tokens.
-        chunks = max_tokens // 8 + 16
+        chunks = max_tokens // MIN_CHUNK_ROWS + 1
 
         def zeros(count: int, kind: torch.dtype) -> torch.Tensor:
             # vLLM builds models under a default device, so the host is named here.

@@ -17,18 +17,13 @@ from scx.kernels.host_worker import (
     DECODE_FEATURES,
     ENCODE_FEATURES,
     ENCODE_ROWS,
-    GROUP_ROWS,
 )
+from scx.kernels.protocol import GROUP_ROWS, chunk_rows_of, pack_bell
 from scx.keys import RootKey
 from scx.secure_device import SecureLayer
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 24, 4, 2, 8
 MAX_TOKENS = 2 * GROUP_ROWS + 100
-
-
-def chunk_rows_of(num_tokens):
-    rows = max(1, min(64, num_tokens // 8))
-    return 1 << (rows.bit_length() - 1)
 
 
 class StandIn:
@@ -46,8 +41,7 @@ class StandIn:
         if positions is not None:
             box.positions[:tokens] = positions
         box.ready[: 8 * chunks : 8] = self.turn
-        log_rows = chunk.bit_length() - 1
-        box.bell[0] = self.turn << 32 | ((hop << 3) | log_rows) << 20 | tokens
+        box.bell[0] = self.turn << 32 | pack_bell(hop, chunk, tokens)
         deadline = time.monotonic() + 20
         while not (box.done[: 8 * chunks : 8] == self.turn).all():
             assert time.monotonic() < deadline, "the workers did not answer"

@@ -18,13 +18,15 @@ import torch
 import triton
 import triton.language as tl
 
+from scx.kernels.protocol import FLAG_BYTES, MAX_CHUNK_ROWS, chunk_rows_of, pack_bell
+
 # A host that has not answered by then is gone: the kernel traps, which vLLM
 # reports as a CUDA error. Each poll is a read across the bus, about 1 us.
 POLLS = 30_000_000
 
-FLAG_STRIDE = tl.constexpr(8)
+_FLAG_STRIDE = tl.constexpr(FLAG_BYTES // 8)
 _BLOCK = tl.constexpr(8192)
-_MAX_CHUNK_ROWS = tl.constexpr(64)
+_CHUNK_ROWS = tl.constexpr(MAX_CHUNK_ROWS)
 _WARPS = 8
 # Many waiting programs would fill the bus with polls.
 _LONG_STEP = 512
@@ -120,14 +122,14 @@ def _exchange(
             inside = column < last * WIDTH
             tl.store(inbox + column, tl.load(source + column, inside), inside)
         if WITH_POSITIONS:
-            row = first + tl.arange(0, _MAX_CHUNK_ROWS)
+            row = first + tl.arange(0, _CHUNK_ROWS)
             inside = row < last
             tl.store(inbox_positions + row, tl.load(positions + row, inside), inside)
-        _raise_flag(ready + chunk * FLAG_STRIDE, turn)
+        _raise_flag(ready + chunk * _FLAG_STRIDE, turn)
         if chunk == 0:
             _raise_flag(bell, (turn << 32) | hop)
     else:
-        _await_flag(done + chunk * FLAG_STRIDE, turn, nap, limit)
+        _await_flag(done + chunk * _FLAG_STRIDE, turn, nap, limit)
         for start in range(first * WIDTH, last * WIDTH, _BLOCK):
             column = start + tl.arange(0, _BLOCK)
             inside = column < last * WIDTH
@@ -139,13 +141,6 @@ def _exchange(
     if tl.atomic_add(arrivals, 1) == 2 * chunks - 1:
         tl.store(arrivals, 0)
         tl.store(sequence, turn)
-
-
-def chunk_rows_of(num_tokens: int) -> int:
-    """Rows a chunk, a power of two up to 64: eight chunks for a decode batch, and for
-    a long prefill chunks that are small beside the whole."""
-    rows = max(1, min(_MAX_CHUNK_ROWS.value, num_tokens // 8))
-    return 1 << (rows.bit_length() - 1)
 
 
 def exchange(
@@ -197,13 +192,3 @@ def exchange(
         WITH_POSITIONS=positions is not None,
         num_warps=_WARPS,
     )
-
-
-TOKEN_BITS = 20
-CHUNK_BITS = 3
-
-
-def pack_bell(hop: int, chunk_rows: int, num_tokens: int) -> int:
-    """The low 32 bits of the bell: hop, log2 of the rows a chunk, tokens of the step."""
-    log_rows = chunk_rows.bit_length() - 1
-    return ((hop << CHUNK_BITS) | log_rows) << TOKEN_BITS | num_tokens

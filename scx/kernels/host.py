@@ -29,6 +29,8 @@ from numba.core.typing import Signature, signature
 from numba.extending import intrinsic
 
 from scx.errors import SCXUnsupportedError
+from scx.kernels import avx512
+from scx.kernels.avx512 import permute_64, permute_128
 
 _I16, _I32 = ir.IntType(16), ir.IntType(32)
 _F16, _F32 = ir.HalfType(), ir.FloatType()
@@ -141,6 +143,8 @@ def _encode_rows(element: str) -> Callable:
 
 @functools.cache
 def _decode_features(element: str) -> Callable:
+    permute_heads = _permute_heads(element)
+
     @_kernel(f"void({element}[:, ::1], {element}[:, ::1], uint16[:, ::1], intp, intp)")
     def decode_features(src, dst, inverse_key, first, last):
         """Feature d of a head in `dst` becomes its feature inverse_key[m, d] in `src`.
@@ -148,26 +152,47 @@ def _decode_features(element: str) -> Callable:
         `src` and `dst` are (T, N x D), `inverse_key` is uint16 (M, D).
         """
         for j in range(first, last):
-            _permute_heads(src[j], dst[j], inverse_key)
+            permute_heads(src[j], dst[j], inverse_key)
 
     return decode_features
 
 
-@_helper
-def _permute_heads(src, dst, key):
-    """One row's heads, which may be queries or keys or values: (heads x D)."""
-    kv_heads, head_dim = key.shape
-    group_columns = src.size // kv_heads
-    for m in range(kv_heads):
-        for start in range(m * group_columns, (m + 1) * group_columns, head_dim):
-            head = src[start : start + head_dim]
-            permuted = dst[start : start + head_dim]
-            for d in range(np.uintp(head_dim)):
-                permuted[d] = head[np.uintp(key[m, d])]
+@functools.cache
+def _permute_heads(element: str) -> Callable:
+    @_helper
+    def permute_head(src, dst, key):
+        for d in range(np.uintp(key.size)):
+            dst[d] = src[np.uintp(key[d])]
+
+    @_helper
+    def permute_head_avx512(src, dst, key):
+        if key.size == 128:
+            permute_128(src.ctypes.data, dst.ctypes.data, key.ctypes.data)
+        elif key.size == 64:
+            permute_64(src.ctypes.data, dst.ctypes.data, key.ctypes.data)
+        else:
+            permute_head(src, dst, key)
+
+    wide = element == "uint16" and avx512.is_available()
+    permute = permute_head_avx512 if wide else permute_head
+
+    @_helper
+    def permute_heads(src, dst, key):
+        """One row's heads, which may be queries or keys or values: (heads x D)."""
+        kv_heads, head_dim = key.shape
+        group_columns = src.size // kv_heads
+        for m in range(kv_heads):
+            for start in range(m * group_columns, (m + 1) * group_columns, head_dim):
+                end = start + head_dim
+                permute(src[start:end], dst[start:end], key[m])
+
+    return permute_heads
 
 
 @functools.cache
 def _encode_features(element: str, widen: Callable, narrow: Callable) -> Callable:
+    permute_heads = _permute_heads(element)
+
     @_helper
     def rotate_heads(src, dst, cos_sin, head_dim, is_neox_style):
         """One row's heads, (heads x D), by the angles of one position, (R,)."""
@@ -216,9 +241,9 @@ def _encode_features(element: str, widen: Callable, narrow: Callable) -> Callabl
         for j in range(first, last):
             row, encoded = src[rank[j]], dst[j]
             rotate_heads(row, rotated, cos_sin[positions[j]], head_dim, is_neox_style)
-            _permute_heads(rotated[:queries], encoded[:queries], key)
-            _permute_heads(rotated[queries:], encoded[queries:turning], key)
-            _permute_heads(row[turning:], encoded[turning:], key)
+            permute_heads(rotated[:queries], encoded[:queries], key)
+            permute_heads(rotated[queries:], encoded[queries:turning], key)
+            permute_heads(row[turning:], encoded[turning:], key)
 
     return encode_features
 

@@ -28,13 +28,15 @@ from numba.core.typing import signature
 from numba.extending import intrinsic
 
 from scx.kernels.host import host_kernels
+from scx.kernels.protocol import (
+    CHUNK_BITS,
+    FLAG_BYTES,
+    GROUP_ROWS,
+    HOP_BITS,
+    TOKEN_BITS,
+)
 
 _I64 = ir.IntType(64)
-
-GROUP_ROWS = 2048
-
-# A flag has a cache line to itself: its neighbours belong to other cores.
-FLAG_BYTES = 64
 
 ENCODE_ROWS, ENCODE_FEATURES, DECODE_FEATURES = range(3)
 
@@ -43,8 +45,9 @@ HOP_KIND, HOP_LAYER, HOP_WIDTH = range(3)
 # Columns of the counters, one row a layer.
 COUNT_STEPS, COUNT_CROSSINGS, COUNT_BYTES_IN, COUNT_BYTES_OUT = range(4)
 
-TOKEN_MASK = (1 << 20) - 1
-CHUNK_MASK = 7
+_TOKEN_MASK = (1 << TOKEN_BITS) - 1
+_CHUNK_MASK = (1 << CHUNK_BITS) - 1
+_HOP_MASK = (1 << HOP_BITS) - 1
 
 # About 40 ns a spin: 20 ms, more than the gap between two decode steps.
 _SPINS = 500_000
@@ -160,14 +163,17 @@ def worker_loop(dtype: torch.dtype) -> Callable:
                 else:
                     usleep(_NAP_MICROSECONDS)
                 continue
-            heard, spins = ringing, 0
+            heard = ringing
             turn = ringing >> 32
-            tokens = ringing & TOKEN_MASK
-            rows = 1 << ((ringing >> 20) & CHUNK_MASK)
-            hop = (ringing >> 23) & 511
+            tokens = ringing & _TOKEN_MASK
+            rows = 1 << ((ringing >> TOKEN_BITS) & _CHUNK_MASK)
+            hop = (ringing >> (TOKEN_BITS + CHUNK_BITS)) & _HOP_MASK
             kind, layer = hops[hop, HOP_KIND], hops[hop, HOP_LAYER]
             width = hops[hop, HOP_WIDTH]
             chunks = (tokens + rows - 1) // rows
+            # A worker that had nothing to do goes on to its nap.
+            if worker < chunks:
+                spins = 0
             fresh = words_left_address + 8 * layer
             if worker == 0:
                 counters[layer, COUNT_STEPS] += kind == ENCODE_ROWS

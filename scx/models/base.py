@@ -14,7 +14,6 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from scx import codec, engine
 from scx.attention import OP_NAME, SCXAttention, logger
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
-from scx.host_device import HostDevice, HostSecureLayer, default_workers
 from scx.keys import RootKey, SCXConfig, get_scx_config
 from scx.secure_device import SecureLayer
 
@@ -107,6 +106,10 @@ def _attach_secure_layers(
             "cosines and sines, so it is not encoded"
         )
     if engine.uses_host_device(config):
+        # Here and not above: vLLM's CPU platform scans all modules while it starts
+        # and stumbles over llvmlite (vllm/triton_utils/dispatcher.py).
+        from scx.host_device import HostDevice, HostSecureLayer, default_workers
+
         host = HostDevice(
             feature_keys,
             rotary.cos_sin_cache,
