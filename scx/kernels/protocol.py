@@ -6,7 +6,7 @@ what to do: the turn in its high 32 bits, and in its low 32 bits hop, log2 of th
 rows a chunk, and tokens of the step.
 """
 
-MIN_CHUNK_ROWS = 8
+MIN_CHUNK_ROWS = 4
 MAX_CHUNK_ROWS = 64
 
 # A flag has a cache line to itself: its neighbours belong to other cores.
@@ -21,7 +21,7 @@ GROUP_ROWS = 2048
 
 
 def chunk_rows_of(num_tokens: int) -> int:
-    """Rows a chunk, a power of two. One chunk up to 8 tokens, as more flags would cost
+    """Rows a chunk, a power of two. One chunk up to 7 tokens, as more flags would cost
     more than the rows; up to eight for a decode batch; for a long prefill chunks
     that are small beside the whole."""
     rows = max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS, num_tokens // 8))
