@@ -216,6 +216,8 @@ def _feature_obstacles(vllm_config: "VllmConfig", config: SCXConfig) -> Iterator
             "KV transfer needs the same key on both sides: set "
             f"{KEY_FILE} to a key file that both have"
         )
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        yield "sleep mode may discard the secure step's counters: leave it out"
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from scx import codec
+from scx.errors import SCXError
 from scx.kernels import host_worker
 from scx.kernels.host_worker import (
     DECODE_FEATURES,
@@ -98,6 +99,7 @@ class HostDevice:
             DECODE_FEATURES: self.query_size,
         }
         self.device = torch.device("cpu")
+        self.max_tokens = max_tokens
         self.feature_keys = torch.stack(list(feature_keys)).to(self.device)
         self.mailbox = Mailbox.allocate(max_tokens, max(widths.values()), dtype)
         self.sequence = torch.zeros(1, dtype=torch.int64, device=accelerator)
@@ -156,9 +158,18 @@ class HostDevice:
     def exchange(
         self, source: torch.Tensor, hop: int, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What the host makes of the rows of `source` (T, W) in this hop: (T, W)."""
+        """What the host makes of the rows of `source` (T, W) in this hop: (T, W).
+
+        Raises SCXError for more rows than the staging memory holds.
+        """
+        # Here, because Triton is found on machines with a GPU only.
         from scx.kernels.exchange import exchange
 
+        if len(source) > self.max_tokens:
+            raise SCXError(
+                f"a step of {len(source)} tokens is longer than the {self.max_tokens} "
+                "that max_num_batched_tokens announced"
+            )
         source = source.contiguous()
         target = torch.empty_like(source)
         box = self.mailbox

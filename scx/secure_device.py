@@ -5,6 +5,7 @@ the codec in plain torch operations on any torch device.
 """
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
@@ -101,6 +102,9 @@ class SecureLayer:
     def decode_cache(self, heads: torch.Tensor) -> torch.Tensor:
         """Keys after RoPE, or values, from the encoded KV cache: (..., M x D)."""
         return codec.decode_features(heads.to(self.device), self._feature_key)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secure device and its keys are neither copied nor pickled")
 
     def _receive(self, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.device]:
         self.traffic.crossings += 1

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from scx import codec
+from scx.errors import SCXError
 from scx.host_device import HostDevice, HostSecureLayer
 from scx.kernels.host_worker import (
     DECODE_FEATURES,
@@ -130,6 +131,12 @@ def test_traffic_counts_bytes_of_both_directions(device):
     traffic = HostSecureLayer(host, 0).traffic
     assert (traffic.steps, traffic.crossings) == (2, 4)
     assert traffic.bytes_in == traffic.bytes_out == 2 * hidden.nbytes
+
+
+def test_a_step_longer_than_the_staging_memory_is_refused(device):
+    host, _, dtype = device
+    with pytest.raises(SCXError, match="longer than the"):
+        host.exchange(torch.zeros(MAX_TOKENS + 1, HIDDEN, dtype=dtype), ENCODE_ROWS)
 
 
 def test_closing_ends_the_workers(device):

@@ -82,6 +82,7 @@ def refusals(llama, tmp_path_factory):
             },
             {},
         ),
+        "sleep": (model | {"enable_sleep_mode": True}, {}),
         "late": (model, {"SCX_ENC_LAYERS": "1"}),
         "late off": (model, {"SCX_ENC_LAYERS": ""}),
     }
@@ -112,6 +113,7 @@ def test_what_fits_is_recorded(refusals):
         ("lora", "SCXUnsupportedError", ["LoRA picks adapters by row"]),
         ("speculation", "SCXUnsupportedError", ["speculative decoding"]),
         ("kv transfer", "SCXUnsupportedError", ["SCX_KEY_FILE"]),
+        ("sleep", "SCXUnsupportedError", ["sleep mode"]),
         ("late", "SCXConfigError", ["SCX_ENC_LAYERS='1'", "then '0,3'"]),
         ("late off", "SCXConfigError", ["SCX_ENC_LAYERS=''", "then '0,3'"]),
     ],

@@ -19,7 +19,7 @@ ALLOWED = {
     "codec": {"keys"},
     "kernels": {"errors", "kernels"},
     "secure_device": {"codec"},
-    "host_device": {"codec", "kernels", "secure_device"},
+    "host_device": {"codec", "errors", "kernels", "secure_device"},
     "attention": {"host_device", "secure_device"},
     "engine": {"errors", "keys"},
     "models": {
