@@ -82,7 +82,6 @@ def refusals(llama, tmp_path_factory):
             },
             {},
         ),
-        "sleep": (model | {"enable_sleep_mode": True}, {}),
         "late": (model, {"SCX_ENC_LAYERS": "1"}),
         "late off": (model, {"SCX_ENC_LAYERS": ""}),
     }
@@ -113,7 +112,6 @@ def test_what_fits_is_recorded(refusals):
         ("lora", "SCXUnsupportedError", ["LoRA picks adapters by row"]),
         ("speculation", "SCXUnsupportedError", ["speculative decoding"]),
         ("kv transfer", "SCXUnsupportedError", ["SCX_KEY_FILE"]),
-        ("sleep", "SCXUnsupportedError", ["sleep mode"]),
         ("late", "SCXConfigError", ["SCX_ENC_LAYERS='1'", "then '0,3'"]),
         ("late off", "SCXConfigError", ["SCX_ENC_LAYERS=''", "then '0,3'"]),
     ],
@@ -159,11 +157,11 @@ def test_kv_transfer_with_a_key_file(llama, tmp_path):
 def build_without_record(model):
     """What a worker meets whose engine was not configured by our hook."""
     from vllm.model_executor.models import config
+    from vllm.plugins import load_general_plugins
 
-    from scx import init_vllm_plugin
     from tests.engines import engine
 
-    init_vllm_plugin()
+    load_general_plugins()
     for architecture in ("LlamaForCausalLM", "LlamaSCXForCausalLM"):
         del config.MODELS_CONFIG_MAP[architecture]
     try:
