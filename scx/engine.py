@@ -89,15 +89,12 @@ def configure(vllm_config: "VllmConfig") -> None:
     if not config.enabled:
         return
     model_config = vllm_config.model_config
-    for obstacle in _model_obstacles(model_config):
-        raise SCXUnsupportedError(f"{_asked(config)}, but {obstacle}")
-    for obstacle in _feature_obstacles(vllm_config, config):
-        raise SCXUnsupportedError(f"{_asked(config)}, but {obstacle}")
-    if not isinstance(vllm_config.additional_config, dict):
-        raise SCXUnsupportedError(
-            f"{_asked(config)}, but additional_config is not a dict, so the compile "
-            "cache could not tell encoded from plain graphs: pass a dict"
-        )
+    obstacles = [
+        *_model_obstacles(model_config),
+        *_feature_obstacles(vllm_config, config),
+    ]
+    if obstacles:
+        raise SCXUnsupportedError(f"{_asked(config)}, but {obstacles[0]}")
     vllm_config.additional_config[_RECORD] = _record(config, model_config)
     # A worker that lacks our variables then builds our class all the same, and
     # that class refuses to run without them.
@@ -211,13 +208,18 @@ def _feature_obstacles(vllm_config: "VllmConfig", config: SCXConfig) -> Iterator
         )
     if vllm_config.speculative_config is not None:
         yield "speculative decoding is not encoded yet: leave out speculative_config"
-    if vllm_config.kv_transfer_config is not None and config.key_file is None:
+    if _moves_kv(vllm_config) and config.key_file is None:
         yield (
             "KV transfer needs the same key on both sides: set "
             f"{KEY_FILE} to a key file that both have"
         )
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
         yield "sleep mode may discard the secure step's counters: leave it out"
+    if not isinstance(vllm_config.additional_config, dict):
+        yield (
+            "additional_config is not a dict, so the compile cache could not tell "
+            "encoded from plain graphs: pass a dict"
+        )
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
@@ -230,6 +232,14 @@ def _feature_obstacles(vllm_config: "VllmConfig", config: SCXConfig) -> Iterator
             f"kv_cache_dtype={cache_dtype!r} scales groups of features, which are "
             "permuted: use auto or an fp8 type"
         )
+
+
+def _moves_kv(vllm_config: "VllmConfig") -> bool:
+    """Whether another process may read this one's KV cache, or outlive it."""
+    cache = vllm_config.cache_config
+    offloads = getattr(cache, "kv_offloading_size", None) is not None
+    outside = getattr(cache, "kv_offloading_backend", "native") != "native"
+    return vllm_config.kv_transfer_config is not None or (offloads and outside)
 
 
 def _use_piecewise_graphs(vllm_config: "VllmConfig") -> None:

@@ -82,6 +82,10 @@ def refusals(llama, tmp_path_factory):
             },
             {},
         ),
+        "kv offload": (
+            model | {"kv_offloading_size": 1, "kv_offloading_backend": "lmcache"},
+            {},
+        ),
         "late": (model, {"SCX_ENC_LAYERS": "1"}),
         "late off": (model, {"SCX_ENC_LAYERS": ""}),
     }
@@ -112,6 +116,7 @@ def test_what_fits_is_recorded(refusals):
         ("lora", "SCXUnsupportedError", ["LoRA picks adapters by row"]),
         ("speculation", "SCXUnsupportedError", ["speculative decoding"]),
         ("kv transfer", "SCXUnsupportedError", ["SCX_KEY_FILE"]),
+        ("kv offload", "SCXUnsupportedError", ["SCX_KEY_FILE"]),
         ("late", "SCXConfigError", ["SCX_ENC_LAYERS='1'", "then '0,3'"]),
         ("late off", "SCXConfigError", ["SCX_ENC_LAYERS=''", "then '0,3'"]),
     ],
