@@ -11,7 +11,7 @@ versions, in docs/vllm-seams.md.
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from scx import keys
 from scx.errors import SCXConfigError, SCXUnsupportedError
@@ -95,7 +95,8 @@ def configure(vllm_config: "VllmConfig") -> None:
     ]
     if obstacles:
         raise SCXUnsupportedError(f"{_asked(config)}, but {obstacles[0]}")
-    vllm_config.additional_config[_RECORD] = _record(config, model_config)
+    additional = cast("dict[str, Any]", vllm_config.additional_config)
+    additional[_RECORD] = _record(config, model_config)
     # A worker that lacks our variables then builds our class all the same, and
     # that class refuses to run without them.
     stock = model_config.architecture
