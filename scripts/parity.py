@@ -57,7 +57,7 @@ def prefixes(tokenizer: Any) -> list[list[int]]:
 def compare(
     ours: list[dict[int, float]], exact: list[dict[int, float]]
 ) -> dict[str, Any]:
-    """Agreement of the top token, and differences over the logits that both lists hold."""
+    """Agreement of the top token, and differences over the logits in both lists."""
     same, differences = 0, []
     for one, other in zip(ours, exact, strict=True):
         same += max(one, key=one.__getitem__) == max(other, key=other.__getitem__)
@@ -99,9 +99,9 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Encoded and native logits in bfloat16, against float32",
         "",
-        f"SmolLM2-135M in {results['dtype']} on {results['device']}, {versions}. The",
-        "reference is native float32; differences are over the "
-        f"{TOP} largest logits of the next token.",
+        f"SmolLM2-135M in {results['dtype']} on {results['device']}, {versions}.",
+        "The reference is native float32; differences are over the largest logits of the",
+        f"next token, up to {TOP} of them.",
         "Written by `python -m scripts.parity`.",
         "",
         "| model | arm | prefixes | same top token | mean difference | largest |",
