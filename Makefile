@@ -7,7 +7,7 @@ setup:
 	@scripts/setup.sh
 
 demo: setup
-	.venv/bin/python test_qwen2.py
+	.venv/bin/python test_qwen2.py --enforce-eager
 
 test: setup
 	.venv/bin/python -m pytest

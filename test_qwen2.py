@@ -39,16 +39,21 @@ def run_arm(enc_layers: str, options: argparse.Namespace) -> dict[str, Any]:
     sampling = SamplingParams(
         temperature=0.0, max_tokens=options.max_tokens, min_tokens=options.max_tokens
     )
-    llm.generate([options.prompt], sampling, use_tqdm=False)
-    before = sum(llm.apply_model(crossed_bytes))
-    start = time.perf_counter()
-    (output,) = llm.generate([options.prompt], sampling, use_tqdm=False)
-    seconds = time.perf_counter() - start
+    try:
+        llm.generate([options.prompt], sampling, use_tqdm=False)
+        before = sum(llm.apply_model(crossed_bytes))
+        start = time.perf_counter()
+        (output,) = llm.generate([options.prompt], sampling, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        crossed = sum(llm.apply_model(crossed_bytes)) - before
+    finally:
+        # This process would wait for the engine's for ever when it ends.
+        llm.llm_engine.engine_core.shutdown()
     return {
         "text": output.outputs[0].text,
         "tokens": list(output.outputs[0].token_ids),
         "tokens_per_second": options.max_tokens / seconds,
-        "bytes": sum(llm.apply_model(crossed_bytes)) - before,
+        "bytes": crossed,
     }
 
 
