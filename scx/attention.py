@@ -95,7 +95,9 @@ class SCXAttention(nn.Module):
         qkv, _ = self.qkv_proj(rows)
         q, k, v = self.secure.encode_features(qkv, positions)
         self.secure.decode_features(self.attn(q, k, v), output)
-        if self.debug:
+        # The log's counters cannot be read while a graph is captured.
+        captured = hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.debug and not captured:
             self._log_step(hidden_states, time.perf_counter() - start)
 
     def _log_step(self, hidden_states: torch.Tensor, seconds: float) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from scx import keys
 from scx.errors import SCXConfigError, SCXUnsupportedError
-from scx.keys import ENC_LAYERS, KEY_FILE, SCXConfig, get_scx_config
+from scx.keys import ENC_LAYERS, KEY_FILE, SECURE_DEVICE, SCXConfig, get_scx_config
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -101,19 +101,29 @@ def configure(vllm_config: "VllmConfig") -> None:
     # that class refuses to run without them.
     stock = model_config.architecture
     model_config.hf_config.architectures = [_SCX_NAMES.get(stock, stock)]
-    if not uses_host_device(config):
-        _use_piecewise_graphs(vllm_config)
+    if not (uses_host_device(config) or uses_accelerator(config)):
+        _use_piecewise_graphs(vllm_config, config)
     vllm_config.compilation_config.pass_config.fuse_attn_quant = False
 
 
 def uses_host_device(config: SCXConfig) -> bool:
-    """Whether the secure step is host work that a CUDA graph can hold.
+    """Whether the secure step is host work that a CUDA graph can hold."""
+    return config.secure_device == "cpu" and _has_fused_kernels()
 
-    Elsewhere it is plain torch operations, which synchronise with Python.
+
+def uses_accelerator(config: SCXConfig) -> bool:
+    """Whether each rank's GPU is its own secure device, all in a CUDA graph.
+
+    A GPU with a number is another device, as any other is: the secure step is
+    plain torch operations then, which synchronise with Python.
     """
+    return config.secure_device == "cuda" and _has_fused_kernels()
+
+
+def _has_fused_kernels() -> bool:
     from vllm.platforms import current_platform
 
-    return current_platform.is_cuda() and config.secure_device == "cpu"
+    return current_platform.is_cuda()
 
 
 def max_step_tokens(vllm_config: "VllmConfig") -> int:
@@ -243,14 +253,23 @@ def _moves_kv(vllm_config: "VllmConfig") -> bool:
     return vllm_config.kv_transfer_config is not None or (offloads and outside)
 
 
-def _use_piecewise_graphs(vllm_config: "VllmConfig") -> None:
+def _use_piecewise_graphs(vllm_config: "VllmConfig", config: SCXConfig) -> None:
     """Keep whole-step CUDA graphs off: the secure step synchronises with Python."""
     from vllm.config import CUDAGraphMode
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
 
     compilation = vllm_config.compilation_config
     mode = compilation.cudagraph_mode
     if mode is None or mode == CUDAGraphMode.FULL_AND_PIECEWISE:
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+        if current_platform.is_cuda_alike():
+            init_logger("vllm.scx").warning(
+                "SCX: each step waits for secure device %s, so CUDA graphs are PIECEWISE "
+                "and decoding is several times slower; %s=cpu and cuda keep whole graphs",
+                config.secure_device,
+                SECURE_DEVICE,
+            )
     elif mode.has_full_cudagraphs():
         raise SCXUnsupportedError(
             f"cudagraph_mode={mode.name} captures the secure step, which synchronises "

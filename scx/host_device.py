@@ -10,7 +10,6 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -22,52 +21,10 @@ from scx.kernels.host_worker import (
     ENCODE_FEATURES,
     ENCODE_ROWS,
 )
-from scx.kernels.protocol import FLAG_BYTES, MIN_CHUNK_ROWS
+from scx.kernels.protocol import Mailbox
 from scx.secure_device import Traffic
 
 MAX_WORKERS = 16
-
-
-@dataclass(frozen=True)
-class Mailbox:
-    """Pinned memory that both sides map; chunks are those of `scx.kernels.exchange`."""
-
-    inbox: torch.Tensor
-    """Rows from the accelerator, flat."""
-    outbox: torch.Tensor
-    """Rows for the accelerator, flat."""
-    positions: torch.Tensor
-    """int64, one a token."""
-    ready: torch.Tensor
-    """int64, a cache line a chunk: the turn in which it was sent."""
-    done: torch.Tensor
-    """int64, a cache line a chunk: the turn in which it was answered."""
-    bell: torch.Tensor
-    """int64 (1,): turn and hop, as `pack_bell` has it."""
-
-    @classmethod
-    def allocate(cls, max_tokens: int, max_width: int, dtype: torch.dtype) -> "Mailbox":
-        """For steps of `max_tokens` rows of `max_width` elements; flags start at 0."""
-        chunks = max_tokens // MIN_CHUNK_ROWS + 1
-
-        def zeros(count: int, kind: torch.dtype) -> torch.Tensor:
-            # vLLM builds models under a default device, so the host is named here.
-            pinned = torch.cuda.is_available()
-            return torch.zeros(count, dtype=kind, device="cpu", pin_memory=pinned)
-
-        return cls(
-            inbox=zeros(max_tokens * max_width, dtype),
-            outbox=zeros(max_tokens * max_width, dtype),
-            positions=zeros(max_tokens, torch.int64),
-            ready=zeros(chunks * FLAG_BYTES // 8, torch.int64),
-            done=zeros(chunks * FLAG_BYTES // 8, torch.int64),
-            bell=zeros(1, torch.int64),
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all the pinned memory."""
-        return sum(tensor.nbytes for tensor in vars(self).values())
 
 
 class HostDevice:
@@ -172,20 +129,8 @@ class HostDevice:
             )
         source = source.contiguous()
         target = torch.empty_like(source)
-        box = self.mailbox
         exchange(
-            source,
-            target,
-            positions,
-            box.inbox,
-            box.outbox,
-            box.positions,
-            box.ready,
-            box.done,
-            box.bell,
-            self.sequence,
-            self.arrivals,
-            hop,
+            source, target, positions, self.mailbox, self.sequence, self.arrivals, hop
         )
         return target
 

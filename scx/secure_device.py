@@ -46,7 +46,7 @@ class SecureLayer:
         moved to `device`; a cache that is there already is shared, not copied.
         """
         self.device = device
-        self.traffic = Traffic()
+        self._traffic = Traffic()
         self._feature_key = feature_key.to(device)
         self._cos_sin_cache = cos_sin_cache.to(device)
         self._is_neox_style = is_neox_style
@@ -61,7 +61,7 @@ class SecureLayer:
         Both are on the accelerator. Each call draws a fresh permutation.
         """
         (hidden_states,), accelerator = self._receive(hidden_states)
-        self.traffic.steps += 1
+        self._traffic.steps += 1
         self._pi = codec.draw_permutation(hidden_states.shape[0], self.device)
         rows = codec.embeddings_pi_left(hidden_states, self._pi)
         return self._send(accelerator, rows)[0]
@@ -103,17 +103,22 @@ class SecureLayer:
         """Keys after RoPE, or values, from the encoded KV cache: (..., M x D)."""
         return codec.decode_features(heads.to(self.device), self._feature_key)
 
+    @property
+    def traffic(self) -> Traffic:
+        """What crossed so far."""
+        return self._traffic
+
     def __reduce__(self) -> NoReturn:
         raise TypeError("a secure device and its keys are neither copied nor pickled")
 
     def _receive(self, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.device]:
-        self.traffic.crossings += 1
-        self.traffic.bytes_in += sum(tensor.nbytes for tensor in tensors)
+        self._traffic.crossings += 1
+        self._traffic.bytes_in += sum(tensor.nbytes for tensor in tensors)
         return [tensor.to(self.device) for tensor in tensors], tensors[0].device
 
     def _send(
         self, accelerator: torch.device, *tensors: torch.Tensor
     ) -> list[torch.Tensor]:
-        self.traffic.crossings += 1
-        self.traffic.bytes_out += sum(tensor.nbytes for tensor in tensors)
+        self._traffic.crossings += 1
+        self._traffic.bytes_out += sum(tensor.nbytes for tensor in tensors)
         return [tensor.to(accelerator) for tensor in tensors]

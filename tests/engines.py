@@ -82,3 +82,30 @@ def generate_each(
         results.append(greedy(llm, prompts, max_tokens))
         shut_down(llm)
     return results
+
+
+def logprobs_each(
+    runs: list[dict[str, Any]], prompts: list[Any], max_tokens: int = 16
+) -> list[list[list[dict[int, float]]]]:
+    """As generate_each, but for each token its 20 likeliest with their logprobs."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=20
+    )
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    results = []
+    for run in runs:
+        llm = engine(**run)
+        outputs = llm.generate(inputs, params, use_tqdm=False)
+        results.append(
+            [
+                [
+                    {token: entry.logprob for token, entry in position.items()}
+                    for position in output.outputs[0].logprobs
+                ]
+                for output in outputs
+            ]
+        )
+        shut_down(llm)
+    return results

@@ -1,9 +1,14 @@
-"""The trip to the host on a real GPU. Skipped where there is none."""
+"""Secure devices of a real GPU: the trip to the host, and the GPU itself.
+
+Skipped where there is none. All results are compared bit for bit.
+"""
 
 import math
+import struct
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from scx import codec
 from scx.host_device import HostDevice, HostSecureLayer
@@ -19,10 +24,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @pytest.fixture(scope="module")
 def devices():
-    made = {}
+    made, hosts = {}, []
 
     def layers(dtype, head_dim, is_neox_style=True):
-        """A host layer and a plain one with the same keys and tables."""
+        """The two layers of a GPU and a plain one, with the same keys and tables."""
+        # Here, because Triton is found on machines with a GPU only.
+        from scx.accelerator_device import AcceleratorSecureLayer
+
         name = (dtype, head_dim, is_neox_style)
         if name not in made:
             root = RootKey.draw()
@@ -42,12 +50,17 @@ def devices():
                 torch.device("cuda"),
                 workers=5,
             )
-            plain = SecureLayer(torch.device("cpu"), keys[1], table, is_neox_style, HEADS)
-            made[name] = host, HostSecureLayer(host, 1), plain
-        return made[name][1:]
+            arguments = keys[1], table, is_neox_style, HEADS
+            made[name] = {
+                "host": HostSecureLayer(host, 1),
+                "accelerator": AcceleratorSecureLayer(torch.device("cuda"), *arguments),
+                "plain": SecureLayer(torch.device("cpu"), *arguments),
+            }
+            hosts.append(host)
+        return made[name]
 
     yield layers
-    for host, *_ in made.values():
+    for host in hosts:
         host.close()
 
 
@@ -77,39 +90,53 @@ def order_of(rows, hidden):
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 8, 9, 64, 100, 513, 2049, 6000])
 @pytest.mark.parametrize("head_dim", [64, 80])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_host_layer_is_the_plain_layer(dtype, head_dim, tokens, devices):
-    host, plain = devices(dtype, head_dim)
+@pytest.mark.parametrize("is_neox_style", [True, False], ids=["neox", "interleaved"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["host", "accelerator"])
+def test_a_layer_is_the_plain_layer(
+    kind, dtype, is_neox_style, head_dim, tokens, devices
+):
+    layers = devices(dtype, head_dim, is_neox_style)
+    layer, plain = layers[kind], layers["plain"]
     hidden, projection, attention, positions = tensors(tokens, head_dim, dtype)
+    before = layer.traffic
     for _ in range(3):
-        rows = host.encode_rows(hidden)
+        rows = layer.encode_rows(hidden)
         pi = order_of(rows, hidden)
         assert torch.equal(rows.cpu(), hidden.cpu()[pi])
-        qkv = host.encode_features(projection[pi.cuda()], positions)
+        qkv = layer.encode_features(projection[pi.cuda()], positions)
         # The plain layer has its own order, which its encode_rows would have drawn.
         plain._pi = pi
         expected = plain.encode_features(projection.cpu()[pi], positions.cpu())
         for ours, theirs in zip(qkv, expected, strict=True):
             assert torch.equal(ours.cpu(), theirs)
         output = torch.full_like(attention, math.nan)
-        host.decode_features(attention, output)
+        layer.decode_features(attention, output)
         expected = torch.empty_like(attention).cpu()
         plain.decode_features(attention.cpu(), expected)
         assert torch.equal(output.cpu(), expected)
+    if tokens:
+        sent = hidden.nbytes + projection.nbytes + attention.nbytes
+        crossed = layer.traffic
+        assert crossed.steps - before.steps == 3
+        assert crossed.crossings - before.crossings == 18
+        assert crossed.bytes_out - before.bytes_out == 3 * sent
+        assert crossed.bytes_in - before.bytes_in == 3 * (sent + positions.nbytes)
 
 
 @pytest.mark.parametrize("tokens", [8, 100])
-def test_each_replay_of_a_graph_draws_a_fresh_order(tokens, devices):
-    host, _ = devices(torch.bfloat16, 64)
+@pytest.mark.parametrize("kind", ["host", "accelerator"])
+def test_each_replay_of_a_graph_draws_a_fresh_order(kind, tokens, devices):
+    layer = devices(torch.bfloat16, 64)[kind]
     hidden, *_ = tensors(tokens, 64, torch.bfloat16)
     output = torch.empty(tokens, HEADS * 64, dtype=torch.bfloat16, device="cuda")
     qkv = torch.zeros(tokens, (HEADS + 2 * KV_HEADS) * 64, device="cuda").bfloat16()
     positions = torch.zeros(tokens, dtype=torch.int64, device="cuda")
 
     def step():
-        rows = host.encode_rows(hidden)
-        host.encode_features(qkv, positions)
-        host.decode_features(output, output.clone())
+        rows = layer.encode_rows(hidden)
+        layer.encode_features(qkv, positions)
+        layer.decode_features(output, output.clone())
         return rows
 
     step()
@@ -126,3 +153,45 @@ def test_each_replay_of_a_graph_draws_a_fresh_order(tokens, devices):
     # 4950 pairs of uniform draws from at least 8! = 40,320 orders: 0.12 repeats are
     # expected, and more than 8 have a chance below 0.13^9 / 9! = 3e-14.
     assert len(orders) >= 92
+
+
+@pytest.mark.parametrize("step", [0, 1, (1 << 40) + 7])
+def test_the_words_are_chacha20(step):
+    from scx.kernels.accelerator import draw_words
+
+    key = bytes(range(32))
+    words = draw_words(
+        torch.frombuffer(bytearray(key), dtype=torch.int32).cuda(),
+        torch.tensor([step, 0], device="cuda"),
+        600,
+    )
+    for block, word in enumerate(words.tolist()):
+        # cryptography takes the block counter and the nonce of 12 bytes as one.
+        start = struct.pack("<IQI", block, step, 0)
+        cipher = Cipher(algorithms.ChaCha20(key, start), mode=None)
+        stream = cipher.encryptor().update(bytes(8))
+        assert struct.pack("<q", word) == stream
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 2049])
+@pytest.mark.parametrize("kind", ["host", "accelerator"])
+def test_nothing_is_read_or_written_beyond_the_rows(kind, tokens, devices):
+    """Rows lie within larger tensors, whose margins are NaN and stay as they are."""
+    layer = devices(torch.bfloat16, 80)[kind]
+    hidden, qkv, attention, positions = tensors(tokens, 80, torch.bfloat16)
+
+    def framed(rows):
+        frame = torch.full((tokens + 128, rows.shape[1]), math.nan, device="cuda")
+        frame = frame.to(rows.dtype)
+        frame[64:-64] = rows
+        return frame, frame[64:-64]
+
+    (_, hidden), (_, qkv), (_, attention) = map(framed, (hidden, qkv, attention))
+    frame, output = framed(torch.zeros_like(attention))
+    assert torch.isfinite(layer.encode_rows(hidden)).all()
+    for part in layer.encode_features(qkv, positions):
+        assert torch.isfinite(part).all()
+    layer.decode_features(attention, output)
+    assert torch.isfinite(output).all()
+    assert torch.isnan(frame[:64]).all()
+    assert torch.isnan(frame[-64:]).all()

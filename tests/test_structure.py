@@ -19,10 +19,12 @@ ALLOWED = {
     "codec": {"keys"},
     "kernels": {"errors", "kernels"},
     "secure_device": {"codec"},
+    "accelerator_device": {"kernels", "secure_device"},
     "host_device": {"codec", "errors", "kernels", "secure_device"},
     "attention": {"host_device", "secure_device"},
     "engine": {"errors", "keys"},
     "models": {
+        "accelerator_device",
         "attention",
         "codec",
         "engine",

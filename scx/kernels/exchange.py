@@ -18,7 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
-from scx.kernels.protocol import FLAG_BYTES, MAX_CHUNK_ROWS, chunk_rows_of, pack_bell
+from scx.kernels.protocol import (
+    FLAG_BYTES,
+    MAX_CHUNK_ROWS,
+    Mailbox,
+    chunk_rows_of,
+    pack_bell,
+)
 
 # A host that has not answered by then is gone: the kernel traps, which vLLM
 # reports as a CUDA error. Each poll is a read across the bus, about 1 us.
@@ -147,12 +153,7 @@ def exchange(
     source: torch.Tensor,
     target: torch.Tensor,
     positions: torch.Tensor | None,
-    inbox: torch.Tensor,
-    outbox: torch.Tensor,
-    inbox_positions: torch.Tensor,
-    ready: torch.Tensor,
-    done: torch.Tensor,
-    bell: torch.Tensor,
+    mailbox: Mailbox,
     sequence: torch.Tensor,
     arrivals: torch.Tensor,
     hop: int,
@@ -160,10 +161,9 @@ def exchange(
     """Send the rows of `source` (T, W) to the host and receive `target` (T, W).
 
     `source` and `target` are contiguous on the accelerator, `positions` int64 (T,)
-    or None. `inbox`, `outbox` (flat, of the same type), `inbox_positions`, `ready`,
-    `done` and `bell` (int64) are pinned host memory; `sequence` int64 (1,) and
-    `arrivals` int32 (1,) are the accelerator's and start at 0. `hop` names the
-    trip to the host. Runs on the current stream.
+    or None, `mailbox` is of the rows' type. `sequence` int64 (1,) and `arrivals`
+    int32 (1,) are the accelerator's and start at 0. `hop` names the trip to the
+    host. Runs on the current stream.
     """
     num_tokens, width = source.shape
     if num_tokens == 0:
@@ -175,12 +175,12 @@ def exchange(
         source,
         target,
         source if positions is None else positions,
-        inbox,
-        outbox,
-        inbox_positions,
-        ready,
-        done,
-        bell,
+        mailbox.inbox,
+        mailbox.outbox,
+        mailbox.positions,
+        mailbox.ready,
+        mailbox.done,
+        mailbox.bell,
         sequence,
         arrivals,
         num_tokens,

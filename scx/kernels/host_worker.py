@@ -51,7 +51,8 @@ _HOP_MASK = (1 << HOP_BITS) - 1
 
 # About 40 ns a spin: 20 ms, more than the gap between two decode steps.
 _SPINS = 500_000
-_NAP_MICROSECONDS = 50
+# Each nap without a bell is longer, so that an idle engine leaves the cores alone.
+_FIRST_NAP_MICROSECONDS, _LAST_NAP_MICROSECONDS = 50, 1000
 
 
 def _load_acquire_code(typing_context, address):
@@ -151,7 +152,7 @@ def worker_loop(dtype: torch.dtype) -> Callable:
         pi = np.empty(GROUP_ROWS, np.int32)
         rank = np.empty(GROUP_ROWS, np.int32)
         heard = np.int64(0)
-        spins = 0
+        spins, nap = 0, _FIRST_NAP_MICROSECONDS
         while True:
             ringing = _load_acquire(bell)
             if ringing == heard:
@@ -161,9 +162,10 @@ def worker_loop(dtype: torch.dtype) -> Callable:
                 if spins < _SPINS:
                     _relax()
                 else:
-                    usleep(_NAP_MICROSECONDS)
+                    usleep(nap)
+                    nap = min(nap + 1, _LAST_NAP_MICROSECONDS)
                 continue
-            heard = ringing
+            heard, nap = ringing, _FIRST_NAP_MICROSECONDS
             turn = ringing >> 32
             tokens = ringing & _TOKEN_MASK
             rows = 1 << ((ringing >> TOKEN_BITS) & _CHUNK_MASK)

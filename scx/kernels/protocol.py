@@ -6,6 +6,10 @@ what to do: the turn in its high 32 bits, and in its low 32 bits hop, log2 of th
 rows a chunk, and tokens of the step.
 """
 
+from dataclasses import dataclass
+
+import torch
+
 MIN_CHUNK_ROWS = 4
 MAX_CHUNK_ROWS = 64
 
@@ -32,3 +36,45 @@ def pack_bell(hop: int, chunk_rows: int, num_tokens: int) -> int:
     """The low 32 bits of the bell."""
     log_rows = chunk_rows.bit_length() - 1
     return ((hop << CHUNK_BITS) | log_rows) << TOKEN_BITS | num_tokens
+
+
+@dataclass(frozen=True)
+class Mailbox:
+    """Pinned memory that both sides map."""
+
+    inbox: torch.Tensor
+    """Rows from the accelerator, flat."""
+    outbox: torch.Tensor
+    """Rows for the accelerator, flat."""
+    positions: torch.Tensor
+    """int64, one a token."""
+    ready: torch.Tensor
+    """int64, a cache line a chunk: the turn in which it was sent."""
+    done: torch.Tensor
+    """int64, a cache line a chunk: the turn in which it was answered."""
+    bell: torch.Tensor
+    """int64 (1,): turn and hop, as `pack_bell` has it."""
+
+    @classmethod
+    def allocate(cls, max_tokens: int, max_width: int, dtype: torch.dtype) -> "Mailbox":
+        """For steps of `max_tokens` rows of `max_width` elements; flags start at 0."""
+        chunks = max_tokens // MIN_CHUNK_ROWS + 1
+
+        def zeros(count: int, kind: torch.dtype) -> torch.Tensor:
+            # vLLM builds models under a default device, so the host is named here.
+            pinned = torch.cuda.is_available()
+            return torch.zeros(count, dtype=kind, device="cpu", pin_memory=pinned)
+
+        return cls(
+            inbox=zeros(max_tokens * max_width, dtype),
+            outbox=zeros(max_tokens * max_width, dtype),
+            positions=zeros(max_tokens, torch.int64),
+            ready=zeros(chunks * FLAG_BYTES // 8, torch.int64),
+            done=zeros(chunks * FLAG_BYTES // 8, torch.int64),
+            bell=zeros(1, torch.int64),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the pinned memory."""
+        return sum(tensor.nbytes for tensor in vars(self).values())

@@ -125,10 +125,15 @@ def _attach_secure_layers(
             layer.secure = HostSecureLayer(host, slot)
         logger.info("SCX staging: %.1f MiB pinned", host.mailbox.nbytes / 2**20)
         return
-    device = torch.device(config.secure_device)
+    device, secure_layer = torch.device(config.secure_device), SecureLayer
+    if engine.uses_accelerator(config):
+        # Here, because Triton is found on machines with a GPU only.
+        from scx.accelerator_device import AcceleratorSecureLayer
+
+        device, secure_layer = rotary.cos_sin_cache.device, AcceleratorSecureLayer
     cos_sin_cache = rotary.cos_sin_cache.to(device)
     for layer, feature_key in zip(layers, feature_keys, strict=True):
-        layer.secure = SecureLayer(
+        layer.secure = secure_layer(
             device, feature_key, cos_sin_cache, rotary.is_neox_style, layer.num_heads
         )
 

@@ -1,0 +1,305 @@
+"""Fused forms of `scx.codec` for an accelerator that is itself the secure device.
+
+Four Triton kernels a step, none of which waits for the host: random words, rows
+in a fresh order, rotated and encoded features, decoded features. A captured
+graph replays them, and each replay draws another order: the words are the
+keystream of ChaCha20 (RFC 8439) under a key from the operating system, with a
+step counter in the accelerator's memory as its nonce.
+
+The codec is their specification, and results are equal to its bit for bit:
+float32 arithmetic in the same order, without fused multiply-adds.
+
+Letters: those of the codec, H columns of hidden_states, R features that turn.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+_WORDS = tl.constexpr(256)
+"""Random words that a program draws, or compares with at once."""
+_COLUMNS = tl.constexpr(1024)
+_WARPS = 4
+_MAX_BLOCK_ROWS = 16
+
+
+@triton.jit
+def _rotate_left(word, count):
+    return (word << count) | (word >> (32 - count))
+
+
+@triton.jit
+def _quarter_round(a, b, c, d):
+    a += b
+    d = _rotate_left(d ^ a, 16)
+    c += d
+    b = _rotate_left(b ^ c, 12)
+    a += b
+    d = _rotate_left(d ^ a, 8)
+    c += d
+    b = _rotate_left(b ^ c, 7)
+    return a, b, c, d
+
+
+@triton.jit
+def _key_word(key, index, like):
+    return tl.load(key + index).to(tl.uint32, bitcast=True) + tl.zeros_like(like)
+
+
+@triton.jit
+def _chacha20(key, nonce, block):
+    """The first 64 bits of the keystream's blocks `block`, uint32, as int64.
+
+    `key` points to eight int32, `nonce` is an int64: the nonce's first two words.
+    """
+    zero = tl.zeros_like(block)
+    x0, x1 = zero + 0x61707865, zero + 0x3320646E
+    x2, x3 = zero + 0x79622D32, zero + 0x6B206574
+    first, second = x0, x1
+    x4, x5 = _key_word(key, 0, block), _key_word(key, 1, block)
+    x6, x7 = _key_word(key, 2, block), _key_word(key, 3, block)
+    x8, x9 = _key_word(key, 4, block), _key_word(key, 5, block)
+    x10, x11 = _key_word(key, 6, block), _key_word(key, 7, block)
+    x12 = block
+    x13 = zero + nonce.to(tl.uint32)
+    x14 = zero + (nonce >> 32).to(tl.uint32)
+    x15 = zero
+    for _ in range(10):
+        x0, x4, x8, x12 = _quarter_round(x0, x4, x8, x12)
+        x1, x5, x9, x13 = _quarter_round(x1, x5, x9, x13)
+        x2, x6, x10, x14 = _quarter_round(x2, x6, x10, x14)
+        x3, x7, x11, x15 = _quarter_round(x3, x7, x11, x15)
+        x0, x5, x10, x15 = _quarter_round(x0, x5, x10, x15)
+        x1, x6, x11, x12 = _quarter_round(x1, x6, x11, x12)
+        x2, x7, x8, x13 = _quarter_round(x2, x7, x8, x13)
+        x3, x4, x9, x14 = _quarter_round(x3, x4, x9, x14)
+    low, high = (x0 + first).to(tl.uint64), (x1 + second).to(tl.uint64)
+    return (low | (high << 32)).to(tl.int64, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _draw_words(words, key, step, num_tokens):
+    row = tl.program_id(0) * _WORDS + tl.arange(0, _WORDS)
+    drawn = _chacha20(key, tl.load(step), row.to(tl.uint32))
+    tl.store(words + row, drawn, row < num_tokens)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _encode_rows(
+    source,
+    target,
+    words,
+    rank,
+    counters,
+    num_tokens,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    own = tl.load(words + row, row < num_tokens)[:, None]
+    place = tl.zeros([ROWS], tl.int64)
+    for start in range(0, num_tokens, _WORDS):
+        other = start + tl.arange(0, _WORDS)
+        inside = (other < num_tokens)[None, :]
+        word = tl.load(words + other, other < num_tokens)[None, :]
+        # Equal words, if ever, keep the order of their rows.
+        less = (word < own) | ((word == own) & (other[None, :] < row[:, None]))
+        place += tl.sum((less & inside).to(tl.int64), 1)
+    tl.store(rank + row, place, row < num_tokens)
+    row = row.to(tl.int64)[:, None]
+    for start in range(0, WIDTH, _COLUMNS):
+        column = (start + tl.arange(0, _COLUMNS))[None, :]
+        inside = (row < num_tokens) & (column < WIDTH)
+        moved = tl.load(source + row * WIDTH + column, inside)
+        tl.store(target + place[:, None] * WIDTH + column, moved, inside)
+    if tl.program_id(0) == 0:
+        # The kernel that read the step has ended, and the next one has not begun.
+        tl.store(counters, tl.load(counters) + 1)
+        tl.store(counters + 1, tl.load(counters + 1) + num_tokens)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _encode_features(
+    source,
+    target,
+    rank,
+    positions,
+    cos_sin_cache,
+    key,
+    num_tokens,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    head = tl.program_id(1)
+    kv_head = tl.where(
+        head < HEADS, head // (HEADS // KV_HEADS), (head - HEADS) % KV_HEADS
+    )
+    feature = tl.arange(0, BLOCK)
+    held = feature < HEAD_DIM
+    feature = tl.load(key + kv_head * HEAD_DIM + feature, held, 0)[None, :]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    inside = (row < num_tokens) & held[None, :]
+    width: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    base = source + tl.load(rank + row, row < num_tokens, 0) * width + head * HEAD_DIM
+    encoded = tl.load(base + feature, inside)
+    if head < HEADS + KV_HEADS:
+        half: tl.constexpr = ROTARY_DIM // 2
+        if IS_NEOX:
+            angle, is_first = feature % half, feature < half
+            partner = tl.where(is_first, feature + half, feature - half)
+        else:
+            angle, is_first = feature // 2, feature % 2 == 0
+            partner = tl.where(is_first, feature + 1, feature - 1)
+        turns = inside & (feature < ROTARY_DIM)
+        position = tl.load(positions + row, row < num_tokens, 0)
+        angles = cos_sin_cache + position * ROTARY_DIM + angle
+        cos = tl.load(angles, turns, 1).to(tl.float32)
+        sin = tl.load(angles + half, turns, 0).to(tl.float32)
+        own = encoded.to(tl.float32)
+        other = tl.load(base + partner, turns, 0).to(tl.float32)
+        turned = own * cos + tl.where(is_first, -1.0, 1.0) * (other * sin)
+        encoded = tl.where(turns, turned, own).to(encoded.dtype)
+    column = head * HEAD_DIM + tl.arange(0, BLOCK)[None, :]
+    tl.store(target + row * width + column, encoded, inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _decode_features(
+    source,
+    target,
+    inverse_key,
+    num_tokens,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    head = tl.program_id(1)
+    feature = tl.arange(0, BLOCK)
+    held = feature < HEAD_DIM
+    kv_head = head // (HEADS // KV_HEADS)
+    encoded = tl.load(inverse_key + kv_head * HEAD_DIM + feature, held, 0)[None, :]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    inside = (row < num_tokens) & held[None, :]
+    start = row * (HEADS * HEAD_DIM) + head * HEAD_DIM
+    decoded = tl.load(source + start + encoded, inside)
+    tl.store(target + start + feature[None, :], decoded, inside)
+
+
+def draw_words(key: torch.Tensor, step: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Random words of one step: int64 (num_tokens,).
+
+    Word i is the first eight bytes, little-endian, of ChaCha20's block i under
+    `key`, int32 (8,), with the nonce `step`, whose first element, int64, must
+    never be the same twice under a key.
+    """
+    words = torch.empty(num_tokens, dtype=torch.int64, device=key.device)
+    launch: Any = _draw_words[(triton.cdiv(num_tokens, _WORDS.value),)]
+    launch(words, key, step, num_tokens, num_warps=_WARPS)
+    return words
+
+
+def encode_rows(
+    hidden_states: torch.Tensor, words: torch.Tensor, counters: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`codec.embeddings_pi_left` of contiguous `hidden_states` (T, H), and its inverse.
+
+    pi sorts `words`, int64 (T,). The second result is pi's inverse, int64 (T,).
+    Adds 1 and T to `counters`, int64 (2,).
+    """
+    num_tokens, width = hidden_states.shape
+    rows, rank = torch.empty_like(hidden_states), torch.empty_like(words)
+    block_rows = _block_rows(num_tokens)
+    launch: Any = _encode_rows[(triton.cdiv(num_tokens, block_rows),)]
+    launch(
+        hidden_states,
+        rows,
+        words,
+        rank,
+        counters,
+        num_tokens,
+        WIDTH=width,
+        ROWS=block_rows,
+        num_warps=_WARPS,
+    )
+    return rows, rank
+
+
+def encode_features(
+    qkv: torch.Tensor,
+    rank: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    key: torch.Tensor,
+    num_heads: int,
+    is_neox_style: bool,
+) -> torch.Tensor:
+    """Decoded rows, rotated and with permuted features: (T, (N + 2M) x D).
+
+    `qkv` is contiguous, of that shape and in the order of `encode_rows`, whose
+    second result is `rank`. `positions` int64 (T,), `cos_sin_cache`
+    (max_position, R) and `key` int64 (M, D) are as in the codec.
+    """
+    target = torch.empty_like(qkv)
+    kv_heads, head_dim = key.shape
+    block_rows = _block_rows(len(qkv))
+    grid = (triton.cdiv(len(qkv), block_rows), num_heads + 2 * kv_heads)
+    launch: Any = _encode_features[grid]
+    launch(
+        qkv,
+        target,
+        rank,
+        positions,
+        cos_sin_cache,
+        key,
+        len(qkv),
+        HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        ROTARY_DIM=cos_sin_cache.shape[-1],
+        IS_NEOX=is_neox_style,
+        ROWS=block_rows,
+        BLOCK=triton.next_power_of_2(head_dim),
+        num_warps=_WARPS,
+        enable_fp_fusion=False,
+    )
+    return target
+
+
+def decode_features(
+    attention: torch.Tensor, inverse_key: torch.Tensor, output: torch.Tensor
+) -> None:
+    """`codec.decode_features` of `attention` (T, N x D), written to `output`.
+
+    Both are contiguous; `inverse_key` int64 (M, D) is the key's argsort.
+    """
+    kv_heads, head_dim = inverse_key.shape
+    num_heads = attention.shape[-1] // head_dim
+    block_rows = _block_rows(len(attention))
+    launch: Any = _decode_features[(triton.cdiv(len(attention), block_rows), num_heads)]
+    launch(
+        attention,
+        output,
+        inverse_key,
+        len(attention),
+        HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        ROWS=block_rows,
+        BLOCK=triton.next_power_of_2(head_dim),
+        num_warps=_WARPS,
+    )
+
+
+def _block_rows(num_tokens: int) -> int:
+    """Rows a program: one in a decode batch, so that it spreads over the accelerator."""
+    wanted = triton.next_power_of_2(max(1, triton.cdiv(num_tokens, 64)))
+    return min(_MAX_BLOCK_ROWS, wanted)
