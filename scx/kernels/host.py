@@ -18,22 +18,22 @@ Indices are not checked.
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import float32, uint16
+from numba import float32, int64, intp, uint16
+from numba.core import cgutils
 from numba.core.typing import Signature, signature
 from numba.extending import intrinsic
 
 from scx.errors import SCXUnsupportedError
 from scx.kernels import avx512
-from scx.kernels.avx512 import permute_64, permute_128
+from scx.kernels.converters import CONVERTERS
 
-_I16, _I32 = ir.IntType(16), ir.IntType(32)
-_F16, _F32 = ir.HalfType(), ir.FloatType()
+_PREFETCH = "llvm.prefetch.p0i8"
 
 _helper = numba.njit(
     nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
@@ -61,12 +61,10 @@ class HostKernels(NamedTuple):
 @functools.cache
 def host_kernels(dtype: torch.dtype) -> HostKernels:
     """Compile the kernels for bfloat16, float16 or float32, in a few seconds."""
-    element = "float32" if dtype == torch.float32 else "uint16"
-    widen, narrow = _CONVERTERS[dtype]
     return HostKernels(
-        encode_rows=_encode_rows(element),
-        encode_features=_encode_features(element, widen, narrow),
-        decode_features=_decode_features(element),
+        encode_rows=_encode_rows(_element(dtype)),
+        encode_features=_encode_features(dtype),
+        decode_features=_decode_features(dtype),
         draw_permutation=_draw_permutation(),
         fill_random=_fill_random(_libc_getrandom()),
     )
@@ -82,48 +80,40 @@ def _converter(types: Signature, emit: Callable) -> Callable:
     return convert
 
 
-def _widen_bfloat16(builder, bits):
-    return builder.bitcast(builder.shl(builder.zext(bits, _I32), _I32(16)), _F32)
+@functools.cache
+def _converters(dtype: torch.dtype) -> tuple[Callable, Callable]:
+    """Functions of one element that widen it to float32 and narrow it again."""
+    if dtype == torch.float32:
+        same = _converter(signature(float32, float32), lambda builder, value: value)
+        return same, same
+    widen, narrow = CONVERTERS[dtype]
+    to_float, to_bits = signature(float32, uint16), signature(uint16, float32)
+    return _converter(to_float, widen), _converter(to_bits, narrow)
 
 
-def _narrow_bfloat16(builder, value):
-    """Round to nearest, ties to even: integer arithmetic that LLVM vectorises.
+def _prefetch_code(typing_context, address):
+    """Have the cache line at an address on its way into the core's caches."""
 
-    A NaN has no case of its own. One that comes here is the machine's or a
-    bfloat16's, as no angle has one: its low half is 0, and rounding does not
-    carry into the rest.
-    """
-    bits = builder.bitcast(value, _I32)
-    odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
-    rounded = builder.add(builder.add(bits, _I32(0x7FFF)), odd)
-    return builder.trunc(builder.lshr(rounded, _I32(16)), _I16)
+    def emit(context, builder, signature, arguments):
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, _PREFETCH)
+        # To be read, used soon, data.
+        hints = [ir.Constant(flag, hint) for hint in (0, 3, 1)]
+        builder.call(prefetch, [builder.inttoptr(arguments[0], byte), *hints])
+        return ir.Constant(ir.IntType(64), 0)
 
-
-def _widen_float16(builder, bits):
-    return builder.fpext(builder.bitcast(bits, _F16), _F32)
+    return signature(int64, intp), emit
 
 
-def _narrow_float16(builder, value):
-    return builder.bitcast(builder.fptrunc(value, _F16), _I16)
+_prefetch: Any = intrinsic(_prefetch_code)
 
 
-def _same(builder, value):
-    return value
-
-
-_TO_FLOAT = signature(float32, uint16)
-_TO_BITS = signature(uint16, float32)
-_CONVERTERS = {
-    torch.bfloat16: (
-        _converter(_TO_FLOAT, _widen_bfloat16),
-        _converter(_TO_BITS, _narrow_bfloat16),
-    ),
-    torch.float16: (
-        _converter(_TO_FLOAT, _widen_float16),
-        _converter(_TO_BITS, _narrow_float16),
-    ),
-    torch.float32: (_converter(signature(float32, float32), _same),) * 2,
-}
+@_helper
+def _prefetch_row(row):
+    """Rows come in no order, which the hardware's own prefetcher cannot foresee."""
+    for start in range(0, row.nbytes, 64):
+        _prefetch(row.ctypes.data + start)
 
 
 @functools.cache
@@ -142,8 +132,9 @@ def _encode_rows(element: str) -> Callable:
 
 
 @functools.cache
-def _decode_features(element: str) -> Callable:
-    permute_heads = _permute_heads(element)
+def _decode_features(dtype: torch.dtype) -> Callable:
+    element = _element(dtype)
+    permute_heads = _permute_heads(dtype)
 
     @_kernel(f"void({element}[:, ::1], {element}[:, ::1], uint16[:, ::1], intp, intp)")
     def decode_features(src, dst, inverse_key, first, last):
@@ -157,24 +148,39 @@ def _decode_features(element: str) -> Callable:
     return decode_features
 
 
+def _element(dtype: torch.dtype) -> str:
+    return "float32" if dtype == torch.float32 else "uint16"
+
+
+def _has_registers(dtype: torch.dtype) -> bool:
+    """Whether `scx.kernels.avx512` can be used for some sizes of a head."""
+    return dtype != torch.float32 and avx512.is_available()
+
+
 @functools.cache
-def _permute_heads(element: str) -> Callable:
+def _heads_in_registers(head_dim: int, rotated: torch.dtype | None) -> Callable:
+    one_head = avx512.head_function(head_dim, rotated)
+
+    @_helper
+    def heads_in_registers(src, dst, key, cos_sin):
+        """The function for each of one row's heads."""
+        kv_heads = key.shape[0]
+        group, size = dst.size // key.size, 2 * head_dim
+        source, target = src.ctypes.data, dst.ctypes.data
+        for m in range(kv_heads):
+            entry = key.ctypes.data + m * size
+            for start in range(m * group * size, (m + 1) * group * size, size):
+                one_head(source + start, target + start, entry, cos_sin)
+
+    return heads_in_registers
+
+
+@functools.cache
+def _permute_heads(dtype: torch.dtype) -> Callable:
     @_helper
     def permute_head(src, dst, key):
         for d in range(np.uintp(key.size)):
             dst[d] = src[np.uintp(key[d])]
-
-    @_helper
-    def permute_head_avx512(src, dst, key):
-        if key.size == 128:
-            permute_128(src.ctypes.data, dst.ctypes.data, key.ctypes.data)
-        elif key.size == 64:
-            permute_64(src.ctypes.data, dst.ctypes.data, key.ctypes.data)
-        else:
-            permute_head(src, dst, key)
-
-    wide = element == "uint16" and avx512.is_available()
-    permute = permute_head_avx512 if wide else permute_head
 
     @_helper
     def permute_heads(src, dst, key):
@@ -184,40 +190,84 @@ def _permute_heads(element: str) -> Callable:
         for m in range(kv_heads):
             for start in range(m * group_columns, (m + 1) * group_columns, head_dim):
                 end = start + head_dim
-                permute(src[start:end], dst[start:end], key[m])
+                permute_head(src[start:end], dst[start:end], key[m])
 
-    return permute_heads
+    if not _has_registers(dtype):
+        return permute_heads
+    permute_64, permute_128 = (
+        _heads_in_registers(64, None),
+        _heads_in_registers(128, None),
+    )
+
+    @_helper
+    def permute_heads_avx512(src, dst, key):
+        if key.shape[1] == 64:
+            permute_64(src, dst, key, 0)
+        elif key.shape[1] == 128:
+            permute_128(src, dst, key, 0)
+        else:
+            permute_heads(src, dst, key)
+
+    return permute_heads_avx512
 
 
 @functools.cache
-def _encode_features(element: str, widen: Callable, narrow: Callable) -> Callable:
-    permute_heads = _permute_heads(element)
+def _turn_heads(dtype: torch.dtype) -> Callable:
+    permute_heads = _permute_heads(dtype)
+    widen, narrow = _converters(dtype)
 
     @_helper
-    def rotate_heads(src, dst, cos_sin, head_dim, is_neox_style):
-        """One row's heads, (heads x D), by the angles of one position, (R,)."""
-        rotary_dim = np.uintp(cos_sin.size)
+    def turn_heads(src, dst, key, cos_sin, is_neox_style, rotated):
+        """Rotate and permute one row's heads, queries or keys, by one position's angles.
+
+        `rotated` is scratch memory of their size or more.
+        """
+        rotary_dim, head_dim = np.uintp(cos_sin.size), key.shape[1]
         half = rotary_dim // np.uintp(2)
         for start in range(0, dst.size, head_dim):
             head = src[start : start + head_dim]
-            rotated = dst[start : start + head_dim]
+            turned = rotated[start : start + head_dim]
             # Two loops, as a stride known only at run time would not vectorise.
             if is_neox_style:
                 for i in range(half):
                     a, b = widen(head[i]), widen(head[i + half])
                     cos, sin = cos_sin[i], cos_sin[i + half]
-                    rotated[i] = narrow(a * cos - b * sin)
-                    rotated[i + half] = narrow(b * cos + a * sin)
+                    turned[i] = narrow(a * cos - b * sin)
+                    turned[i + half] = narrow(b * cos + a * sin)
             else:
                 for i in range(half):
                     even = np.uintp(2) * i
                     odd = even + np.uintp(1)
                     a, b = widen(head[even]), widen(head[odd])
                     cos, sin = cos_sin[i], cos_sin[i + half]
-                    rotated[even] = narrow(a * cos - b * sin)
-                    rotated[odd] = narrow(b * cos + a * sin)
+                    turned[even] = narrow(a * cos - b * sin)
+                    turned[odd] = narrow(b * cos + a * sin)
             for i in range(rotary_dim, np.uintp(head_dim)):
-                rotated[i] = head[i]
+                turned[i] = head[i]
+        permute_heads(rotated[: dst.size], dst, key)
+
+    if not _has_registers(dtype):
+        return turn_heads
+    turn_64 = _heads_in_registers(64, dtype)
+    turn_128 = _heads_in_registers(128, dtype)
+
+    @_helper
+    def turn_heads_avx512(src, dst, key, cos_sin, is_neox_style, rotated):
+        all_turn = is_neox_style and cos_sin.size == key.shape[1]
+        if all_turn and key.shape[1] == 64:
+            turn_64(src, dst, key, cos_sin.ctypes.data)
+        elif all_turn and key.shape[1] == 128:
+            turn_128(src, dst, key, cos_sin.ctypes.data)
+        else:
+            turn_heads(src, dst, key, cos_sin, is_neox_style, rotated)
+
+    return turn_heads_avx512
+
+
+@functools.cache
+def _encode_features(dtype: torch.dtype) -> Callable:
+    element = _element(dtype)
+    permute_heads, turn_heads = _permute_heads(dtype), _turn_heads(dtype)
 
     @_kernel(
         f"void({element}[:, ::1], {element}[:, ::1], int32[::1], int64[::1], "
@@ -237,12 +287,22 @@ def _encode_features(element: str, widen: Callable, narrow: Callable) -> Callabl
         kv_heads, head_dim = key.shape
         queries = num_heads * head_dim
         turning = queries + kv_heads * head_dim
-        rotated = np.empty(turning, src.dtype)
+        rotated = np.empty(queries, src.dtype)
         for j in range(first, last):
-            row, encoded = src[rank[j]], dst[j]
-            rotate_heads(row, rotated, cos_sin[positions[j]], head_dim, is_neox_style)
-            permute_heads(rotated[:queries], encoded[:queries], key)
-            permute_heads(rotated[queries:], encoded[queries:turning], key)
+            if j + 1 < last:
+                _prefetch_row(src[rank[j + 1]])
+            row, encoded, angles = src[rank[j]], dst[j], cos_sin[positions[j]]
+            turn_heads(
+                row[:queries], encoded[:queries], key, angles, is_neox_style, rotated
+            )
+            turn_heads(
+                row[queries:turning],
+                encoded[queries:turning],
+                key,
+                angles,
+                is_neox_style,
+                rotated,
+            )
             permute_heads(row[turning:], encoded[turning:], key)
 
     return encode_features
