@@ -3,224 +3,47 @@
     python -m benchmark_throughput.compare --model PATH --arm 0,27 --arm all@cuda
     python -m benchmark_throughput.compare --report FILE.jsonl [--markdown] [--plot F.png]
 
-The native arm always runs. Every arm of every round runs in a process of its
-own, in turn (native, first, second, native, ...), so that drift of the machine
-falls on all. Each finished workload appends one line to a file of records;
-the table and the plot are made from such files.
+The native arm always runs. Every arm keeps one engine in a process of its own
+from beginning to end. In each round of a workload all arms run it in turn, on
+the same prompts and one at a time, and speeds of the same round are compared:
+so drift of the machine falls on all. Each finished workload appends one line
+an arm to a file of records; the tables and plots are made from such files.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
-import statistics
 import sys
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmark_throughput.harness import (
+    ArmFailed,
+    Plan,
+    ResidentArm,
+    Run,
+    in_new_process,
+    make_record,
+    survey,
+)
+from benchmark_throughput.records import (
     NATIVE,
     WORKLOADS,
     Arm,
-    Plan,
-    Record,
     Setting,
     UsageError,
     Workload,
-    in_new_process,
+    append_record,
     parse_arm,
     parse_workload,
     read_records,
-    run_arm,
-    survey,
 )
+from benchmark_throughput.report import CURVES, report
 
 RESULTS = Path(__file__).parent / "results"
 SPARE_TOKENS = 8
-LEGEND = (
-    "native: median tokens/s; others: ratio to native, median (min to max), over all "
-    "rounds and repeats. decode*: output tokens count; otherwise input and output."
-)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The arms of one setting; workloads are named with their sizes."""
-
-    setting: dict[str, Any]
-    """The fields of Setting."""
-    rates: dict[tuple[str, str], list[float]]
-    """Tokens a second of each timed run of all rounds, by arm and workload."""
-
-    @property
-    def arms(self) -> list[str]:
-        """Native first, the others in the order in which they ran."""
-        names = dict.fromkeys(arm for arm, _ in self.rates)
-        return [NATIVE.name, *(name for name in names if name != NATIVE.name)]
-
-    @property
-    def workloads(self) -> list[str]:
-        return list(dict.fromkeys(workload for _, workload in self.rates))
-
-    def native(self, workload: str) -> float:
-        """The median tokens a second of the native arm."""
-        return statistics.median(self.rates[NATIVE.name, workload])
-
-    def ratios(self, arm: str, workload: str) -> list[float]:
-        """Each run's speed over the native median, sorted; empty if it did not run."""
-        native = self.native(workload)
-        return sorted(rate / native for rate in self.rates.get((arm, workload), []))
-
-    @property
-    def title(self) -> str:
-        """Three lines: what ran where, on which versions, and how."""
-        setting = self.setting
-        versions = ", ".join(f"{k} {v}" for k, v in setting["versions"].items())
-        commit = (setting["commit"] or "no commit")[:10]
-        changed = " with changes" if setting["dirty"] else ""
-        arguments = setting["engine_args"]
-        how = [
-            f"{arguments['dtype']}",
-            f"tensor parallel {arguments['tensor_parallel_size']}",
-            f"max_model_len {arguments['max_model_len']}",
-            "eager" if arguments["enforce_eager"] else "compiled",
-            f"engine in {'this' if setting['in_process'] else 'its own'} process",
-            f"commit {commit}{changed}",
-        ]
-        where = (
-            f"{setting['model']} on {setting['accelerator']}, {setting['cores']} cores"
-        )
-        return "\n".join([where, versions, ", ".join(how)])
-
-
-def compare(records: list[Record]) -> list[Comparison]:
-    """One comparison for each setting. Raises UsageError where native is missing."""
-    groups: dict[str, Comparison] = {}
-    for record in records:
-        key = json.dumps(record.setting, sort_keys=True)
-        group = groups.setdefault(key, Comparison(record.setting, {}))
-        workload = f"{record.workload} {record.size}"
-        group.rates.setdefault((record.arm, workload), []).extend(record.rates)
-    if not groups:
-        raise UsageError("there are no records to report")
-    for group in groups.values():
-        for arm, workload in group.rates:
-            if (NATIVE.name, workload) not in group.rates:
-                raise UsageError(
-                    f"no native record to compare {arm} with: workload {workload}, "
-                    f"model {group.setting['model']}, same engine, machine and versions"
-                )
-    return list(groups.values())
-
-
-def table(comparison: Comparison) -> list[list[str]]:
-    """Rows of cells, the head first."""
-    workloads = comparison.workloads
-    rows = [["arm", *workloads]]
-    for arm in comparison.arms:
-        if arm == NATIVE.name:
-            cells = [f"{comparison.native(workload):,.1f}" for workload in workloads]
-        else:
-            cells = [ratio_cell(comparison.ratios(arm, each)) for each in workloads]
-        rows.append([arm, *cells])
-    return rows
-
-
-def ratio_cell(ratios: list[float]) -> str:
-    """Median (min to max) of sorted ratios."""
-    if not ratios:
-        return "-"
-    return f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-
-
-def as_text(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(row: list[str]) -> str:
-        first, *others = (
-            cell.rjust(width) for cell, width in zip(row, widths, strict=True)
-        )
-        return "  ".join([first.strip().ljust(widths[0]), *others])
-
-    return "\n".join(map(line, rows))
-
-
-def as_markdown(rows: list[list[str]]) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    rule = "|---|" + "---:|" * (len(rows[0]) - 1)
-    return "\n".join([head, rule, *body])
-
-
-def report(paths: list[Path], markdown: bool, plot_path: Path | None) -> None:
-    """Print the tables of some files of records; draw them where a path is given."""
-    comparisons = compare([record for path in paths for record in read_records(path)])
-    render = as_markdown if markdown else as_text
-    for comparison in comparisons:
-        print(f"{comparison.title}\n\n{render(table(comparison))}\n")
-    print(LEGEND)
-    if plot_path is not None:
-        plot(comparisons, plot_path)
-
-
-def plot(comparisons: list[Comparison], path: Path) -> None:
-    """Draw one panel of bars for each setting."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    bars = max(len(each.workloads) * len(each.arms) for each in comparisons)
-    figure, panels = pyplot.subplots(
-        len(comparisons),
-        squeeze=False,
-        figsize=(max(8.0, 0.8 * bars), 5.0 * len(comparisons)),
-        layout="constrained",
-    )
-    for axes, comparison in zip(panels[:, 0], comparisons, strict=True):
-        draw(axes, comparison)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def draw(axes: Any, comparison: Comparison) -> None:
-    """Bars of the ratios, grouped by workload; thin lines from the least to the most."""
-    arms = comparison.arms[1:]
-    width = 0.8 / max(1, len(arms))
-    top = 1.0
-    for index, arm in enumerate(arms):
-        for group, workload in enumerate(comparison.workloads):
-            ratios = comparison.ratios(arm, workload)
-            if not ratios:
-                continue
-            x = group + (index - (len(arms) - 1) / 2) * width
-            middle = statistics.median(ratios)
-            # The first group alone names the arm in the legend.
-            label = arm if arm not in axes.get_legend_handles_labels()[1] else None
-            axes.bar(x, middle, 0.9 * width, color=f"C{index % 10}", label=label)
-            axes.vlines(x, ratios[0], ratios[-1], color="black", linewidth=1)
-            axes.annotate(
-                f"{middle:.2f}",
-                (x, ratios[-1]),
-                xytext=(0, 4),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                # White, so that the line of the native arm does not strike it out.
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-            )
-            top = max(top, ratios[-1])
-    axes.axhline(1, color="gray", linestyle="--", linewidth=1, label="native")
-    axes.set_ylim(0, 1.12 * top)
-    axes.set_xticks(
-        range(len(comparison.workloads)),
-        [f"{each}\n{comparison.native(each):,.0f}" for each in comparison.workloads],
-    )
-    axes.set_xlabel("workload: prompts x input + output tokens; below, native tokens/s")
-    axes.set_ylabel("throughput, ratio to native")
-    axes.set_title(comparison.title, fontsize=8)
-    axes.legend(title="layers@device", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 class Parser(argparse.ArgumentParser):
@@ -256,14 +79,24 @@ def parser() -> Parser:
         help="names and NAME=PROMPTSxINPUT+OUTPUT with commas between; of workloads "
         "called decode* output tokens count alone (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=positive, default=1, help="(default: 1)")
     parser.add_argument("--warmups", type=natural, default=2, help="runs (default: 2)")
     parser.add_argument(
-        "--repeats", type=positive, default=5, help="timed runs (default: 5)"
+        "--repeats", type=positive, default=5, help="timed rounds (default: 5)"
+    )
+    parser.add_argument(
+        "--starts",
+        type=positive,
+        default=1,
+        help="engines that are built at the same time (default: 1)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="records are appended")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the ratios")
+    parser.add_argument(
+        "--curve",
+        choices=CURVES,
+        help="plot them over the number of encoded layers, input tokens or prompts",
+    )
     parser.add_argument(
         "--in-process", action="store_true", help="no process of its own for the engine"
     )
@@ -275,7 +108,18 @@ def parser() -> Parser:
         help=f"(default: what the workloads need and {SPARE_TOKENS} more)",
     )
     engine.add_argument("--tensor-parallel-size", type=positive, default=1)
-    engine.add_argument("--gpu-memory-utilization", type=float)
+    engine.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        help="the share that must be free when an engine starts, also where "
+        "--kv-cache-memory-bytes is given",
+    )
+    engine.add_argument(
+        "--kv-cache-memory-bytes",
+        type=positive,
+        help="for each engine, on each GPU or CPU: all arms share the memory, and what "
+        "is left for the cache is not measured",
+    )
     engine.add_argument("--load-format", help="dummy, for example: random weights")
     engine.add_argument("--enforce-eager", action="store_true")
     engine.add_argument("--attention-backend")
@@ -329,6 +173,7 @@ def engine_args(options: argparse.Namespace, workloads: list[Workload]) -> dict[
     }
     optional = (
         "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
         "load_format",
         "attention_backend",
         "max_num_batched_tokens",
@@ -341,23 +186,33 @@ def make_plan(
     options: argparse.Namespace, arms: list[Arm], workloads: list[Workload]
 ) -> Plan:
     """All that can be known before an engine starts. Raises UsageError."""
-    if not (options.model / "config.json").is_file():
-        raise UsageError(f"--model {options.model}: no folder with a config.json")
     model = options.model.resolve()
-    now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-    out = options.out or RESULTS / f"{model.name}-{now}.jsonl"
+    num_hidden_layers = read_num_hidden_layers(model)
+    started = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+    out = options.out or RESULTS / f"{model.name}-{started}.jsonl"
     if out.exists():
         read_records(out)
     arguments = engine_args(options, workloads)
     setting = Setting(
         model=model.name,
+        num_hidden_layers=num_hidden_layers,
         engine_args=arguments,
         in_process=options.in_process,
         warmups=options.warmups,
         seed=options.seed,
         **in_new_process(survey, arms),
     )
-    return Plan(model, workloads, options.repeats, setting, out)
+    return Plan(model, workloads, options.repeats, setting, started, out)
+
+
+def read_num_hidden_layers(model: Path) -> int:
+    """From a model's config.json. Raises UsageError."""
+    try:
+        return json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"--model {model}: no folder with a config.json that has num_hidden_layers"
+        ) from error
 
 
 def benchmark(options: argparse.Namespace) -> int:
@@ -368,25 +223,78 @@ def benchmark(options: argparse.Namespace) -> int:
     arms = distinct("arm", [NATIVE, *map(parse_arm, options.arm)])
     plan = make_plan(options, arms, workloads)
     plan.out.parent.mkdir(parents=True, exist_ok=True)
-    failures = 0
-    for round_number in range(1, options.rounds + 1):
-        for arm in arms:
-            say(f"round {round_number} of {options.rounds}, arm {arm.name}")
-            try:
-                in_new_process(run_arm, arm, round_number, plan)
-            # Whatever ended that process, the other arms are worth having.
-            except Exception as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-                say(f"arm {arm.name} failed in round {round_number}: {reason}")
-                failures += 1
+    failures = run_arms(arms, plan, options.starts)
     say(f"records: {plan.out}")
     try:
-        report([plan.out], options.markdown, options.plot)
+        report([plan.out], options.markdown, options.plot, options.curve)
     except UsageError as error:
         # What was asked for was right: a native run failed.
         say(str(error))
         return 1
     return min(failures, 1)
+
+
+def run_arms(arms: list[Arm], plan: Plan, starts: int) -> int:
+    """Build all engines, `starts` at a time, and run all workloads; how many failed."""
+    with contextlib.ExitStack() as stack:
+        residents: list[ResidentArm] = []
+        for first in range(0, len(arms), starts):
+            batch = [
+                stack.enter_context(contextlib.closing(ResidentArm(arm, plan)))
+                for arm in arms[first : first + starts]
+            ]
+            residents += [each for each in batch if built(each)]
+        for workload in plan.workloads:
+            residents = run_workload(residents, workload, plan)
+    return len(arms) - len(residents)
+
+
+def built(resident: ResidentArm) -> bool:
+    try:
+        resident.wait_until_built()
+    except ArmFailed as error:
+        say(f"arm {resident.arm.name} failed while its engine was built: {error}")
+        return False
+    say(f"arm {resident.arm.name}: built in {resident.build_seconds:.0f} s")
+    return True
+
+
+def run_workload(
+    residents: list[ResidentArm], workload: Workload, plan: Plan
+) -> list[ResidentArm]:
+    """Append one record an arm; the arms that did not fail."""
+    warmups = plan.setting.warmups
+    runs: dict[ResidentArm, list[Run]] = {resident: [] for resident in residents}
+    for number in range(warmups + plan.repeats):
+        for resident in in_turn(residents, number):
+            if resident not in runs:
+                continue
+            try:
+                run = resident.run(workload, number)
+            except ArmFailed as error:
+                say(f"arm {resident.arm.name} failed in {workload.name}: {error}")
+                del runs[resident]
+                continue
+            if number >= warmups:
+                runs[resident].append(run)
+    for resident, timed in runs.items():
+        record = make_record(plan, resident, workload, timed)
+        append_record(record, plan.out)
+        say(
+            f"{workload.name}, {resident.arm.name}: "
+            f"{record.tokens_per_second:,.1f} tokens/s"
+        )
+    return list(runs)
+
+
+def in_turn(items: list[Any], number: int) -> list[Any]:
+    """Another order in each round, so that none always follows the same one.
+
+    In as many rounds as there are items each has each place; then mirrored.
+    """
+    laps, shift = divmod(number, max(1, len(items)))
+    turn = items[shift:] + items[:shift]
+    return turn[::-1] if laps % 2 else turn
 
 
 def say(text: str) -> None:
@@ -398,11 +306,13 @@ def main() -> int:
     cli = parser()
     options = cli.parse_args()
     try:
+        if options.curve and not options.plot:
+            raise UsageError("--curve needs --plot PNG")
         if options.plot and importlib.util.find_spec("matplotlib") is None:
             raise UsageError("--plot needs matplotlib: pip install matplotlib")
         if options.model:
             return benchmark(options)
-        report(options.report, options.markdown, options.plot)
+        report(options.report, options.markdown, options.plot, options.curve)
     except UsageError as error:
         cli.error(str(error))
     except KeyboardInterrupt:

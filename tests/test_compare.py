@@ -2,14 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from benchmark_throughput import compare, harness
-from benchmark_throughput.harness import (
+from benchmark_throughput import compare, harness, report
+from benchmark_throughput.harness import ArmFailed, ResidentArm
+from benchmark_throughput.records import (
     Arm,
     Record,
     UsageError,
@@ -27,6 +31,7 @@ def record(arm, seconds, **changes):
     """A hand-made record: 1 prompt of 60 + 40 tokens, so 100 tokens a run."""
     fields = {
         "model": "model",
+        "num_hidden_layers": 28,
         "engine_args": {
             "dtype": "float32",
             "max_model_len": 108,
@@ -41,10 +46,10 @@ def record(arm, seconds, **changes):
         "cores": 1,
         "commit": None,
         "dirty": None,
+        "started": "20000101T000000Z",
         "arm": arm,
         "layers": "",
         "device": "cpu",
-        "round": 1,
         "workload": "w",
         "prompts": 1,
         "input_tokens": 60,
@@ -132,26 +137,91 @@ def test_other_lines_are_refused_with_their_number(line, tmp_path):
         read_records(path)
 
 
-def test_the_report_takes_medians_over_rounds_and_repeats():
-    (comparison,) = compare.compare(
+def test_ratios_are_of_speeds_of_the_same_round():
+    (comparison,) = report.compare(
         [
-            record("native", [1.0, 2.0]),  # 100 and 50 tokens/s
-            record("0@cpu", [2.0, 4.0]),  # 50 and 25
-            record("native", [0.5], round=2),  # 200: the median is 100
-            record("0@cpu", [1.0], round=2),  # 100: the median is 50
-            record("off", [1.0], round=2),
-            record("native", [5.0], workload="v"),
+            record("native", [1.0, 2.0, 4.0]),  # the machine slows down
+            record("0@cpu", [1.25, 4.0, 8.0]),  # and the arm is slowed as well
+            # A second comparison in which an arm ran that had failed in the first.
+            record("native", [10.0, 20.0], started="later"),
+            record("0@cpu", [10.0, 20.0], started="later"),
+            record("off", [20.0, 40.0], started="later"),
+        ]
+    )
+    assert comparison.ratios("0@cpu", "w 1x60+40") == [0.5, 0.5, 0.8, 1.0, 1.0]
+    assert comparison.ratios("off", "w 1x60+40") == [0.5, 0.5]
+
+
+def test_tables():
+    (comparison,) = report.compare(
+        [
+            record("0@cpu", [2.0, 2.0, 5.0], cpu_ratio=[1.0, 4.0, 2.0]),
+            record("native", [1.0, 2.0, 4.0], ttft_seconds=0.25, tpot_seconds=0.0125),
+            record("off", [1.0, 4.0, 2.0], ttft_seconds=1.5),
+            record("native", [5.0], workload="v", cpu_ratio=[0.5]),
         ]
     )
     assert comparison.arms == ["native", "0@cpu", "off"]
-    assert comparison.native("w 1x60+40") == 100.0
-    assert comparison.ratios("0@cpu", "w 1x60+40") == [0.25, 0.5, 1.0]
-    assert compare.table(comparison) == [
-        ["arm", "w 1x60+40", "v 1x60+40"],
-        ["native", "100.0", "20.0"],
-        ["0@cpu", "0.500 (0.250 to 1.000)", "-"],
-        ["off", "1.000 (1.000 to 1.000)", "-"],
+    workloads = ["w 1x60+40", "v 1x60+40"]
+    assert report.tables(comparison) == [
+        [
+            ["throughput", *workloads],
+            ["native", "50.0", "20.0"],
+            ["0@cpu", "0.800 (0.500 to 1.000)", "-"],
+            ["off", "1.000 (0.500 to 2.000)", "-"],
+        ],
+        [
+            ["TTFT, ms", *workloads],
+            ["native", "250.00", "-"],
+            ["0@cpu", "-", "-"],
+            ["off", "1,500.00", "-"],
+        ],
+        [
+            ["TPOT, ms", *workloads],
+            ["native", "12.50", "-"],
+            ["0@cpu", "-", "-"],
+            ["off", "-", "-"],
+        ],
+        [
+            ["CPU cores", *workloads],
+            ["native", "1.00", "0.50"],
+            ["0@cpu", "2.00", "-"],
+            ["off", "1.00", "-"],
+        ],
     ]
+
+
+def curve(name, *records):
+    (comparison,) = report.compare(list(records))
+    return report.curve_points(comparison, report.CURVES[name])
+
+
+def test_a_curve_over_layers():
+    assert curve(
+        "layers",
+        record("native", [1.0]),
+        record("off", [1.0]),
+        record("all@cpu", [4.0], layers="all"),
+        record("0@cpu", [1.0], layers="0"),
+        record("0,27@cpu", [2.0], layers="0,27"),
+        record("0@cuda", [1.0], layers="0", device="cuda"),
+    ) == {"w 1x60+40 @cpu": {1: [1.0], 2: [0.5], 28: [0.25]}}
+
+
+def test_curves_over_input_and_prompts():
+    records = [
+        record(arm, [seconds * factor], workload=name, prompts=prompts, input_tokens=n)
+        for name, prompts, n, seconds in (
+            ("long", 1, 2048, 4.0),
+            ("short", 1, 1024, 1.0),
+            ("many", 8, 1024, 2.0),
+        )
+        for arm, factor in (("native", 1.0), ("0@cpu", seconds))
+    ]
+    assert curve("input", *records) == {"0@cpu 1xN+40": {1024: [1.0], 2048: [0.25]}}
+    assert curve("prompts", *records) == {"0@cpu Nx1024+40": {1: [1.0], 8: [0.5]}}
+    with pytest.raises(UsageError, match="no curve over encoded layers"):
+        curve("layers", *records)
 
 
 def test_unequal_settings_are_not_compared():
@@ -160,28 +230,104 @@ def test_unequal_settings_are_not_compared():
         for accelerator, seconds in (("slow", 4.0), ("fast", 1.0))
         for arm in ("native", "0@cpu")
     ]
-    slow, fast = compare.compare(records)
+    slow, fast = report.compare(records)
     assert slow.native("w 1x60+40") == 25.0
     assert slow.ratios("0@cpu", "w 1x60+40") == fast.ratios("0@cpu", "w 1x60+40") == [1]
 
 
-@pytest.mark.parametrize("changes", [{}, {"prompts": 2}, {"accelerator": "other"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"prompts": 2}, {"accelerator": "other"}, {"started": "later"}]
+)
 def test_missing_native_is_an_error(changes):
     records = [record("0@cpu", [1.0], **changes)]
     if changes:
         records.append(record("native", [1.0]))
     with pytest.raises(UsageError, match="no native record to compare 0@cpu with"):
-        compare.compare(records)
+        report.compare(records)
 
 
-def command(*arguments, **env):
-    return subprocess.run(  # noqa: S603
+def test_in_turn():
+    assert [compare.in_turn(["a", "b"], n) for n in range(4)] == [
+        ["a", "b"],
+        ["b", "a"],
+        ["b", "a"],
+        ["a", "b"],
+    ]
+    assert len({tuple(compare.in_turn([1, 2, 3], n)) for n in range(6)}) == 6
+
+
+def fake_serve(pipe, arm, plan):
+    """Obeys as an engine does, with an engine's process that outlives it."""
+    os.setpgrp()
+    engine = os.fork()
+    if engine == 0:
+        signal.pause()
+    pipe.send(float(engine))
+    workload, number = pipe.recv()
+    if workload == "raise":
+        pipe.send(ArmFailed("the reason"))
+    elif workload == "die":
+        os._exit(number)
+    pipe.send(number)
+    pipe.recv()
+
+
+@pytest.fixture
+def resident(monkeypatch):
+    monkeypatch.setattr(harness, "serve", fake_serve)
+    monkeypatch.setattr(harness, "CLOSE_SECONDS", 1.0)
+    resident = ResidentArm(Arm("0@cpu", "0", "cpu"), None)
+    resident.wait_until_built()
+    yield resident
+    resident.close()
+    assert gone([int(resident.build_seconds)])
+
+
+def gone(pids, seconds=10.0):
+    """Whether all of them end in time."""
+    deadline = time.monotonic() + seconds
+    while (running := any(map(alive, pids))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not running
+
+
+def alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_resident_arm_answers_and_leaves_no_process(resident):
+    assert alive(int(resident.build_seconds))
+    assert resident.run("work", 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("workload", "said"),
+    [("raise", "the reason"), ("die", "its process ended with status 3")],
+)
+def test_an_arm_that_fails_is_closed_and_says_why(workload, said, resident):
+    with pytest.raises(ArmFailed, match=said):
+        resident.run(workload, 3)
+    assert gone([int(resident.build_seconds)])
+
+
+def start(*arguments):
+    return subprocess.Popen(  # noqa: S603
         [sys.executable, "-m", "benchmark_throughput.compare", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **env},
-        capture_output=True,
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def command(*arguments):
+    process = start(*arguments)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
 
 def test_reports_of_files(tmp_path):
@@ -190,16 +336,22 @@ def test_reports_of_files(tmp_path):
     run = command("--report", first, second, "--markdown")
     assert run.returncode == 0, run.stderr
     assert "| native | 100.0 |\n| 0@cpu | 0.500 (0.500 to 0.500) |" in run.stdout
+    assert "| TPOT, ms | w 1x60+40 |" in run.stdout
     run = command("--report", second)
     assert run.returncode == 2
     assert "no native record" in run.stderr
 
 
-def test_the_plot_is_a_picture(tmp_path):
+@pytest.mark.parametrize("curve", [None, "layers"])
+def test_the_plot_is_a_picture(curve, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "new" / "p.png"
-    records = [record("native", [1.0]), record("0@cpu", [2.0])]
-    compare.plot(compare.compare(records), picture)
+    records = [
+        record("native", [1.0]),
+        record("0@cpu", [2.0], layers="0"),
+        record("0,27@cpu", [3.0], layers="0,27"),
+    ]
+    report.plot(report.compare(records), picture, curve)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -211,6 +363,7 @@ def test_the_plot_is_a_picture(tmp_path):
         (["--model", ".", "--arm", "0", "--arm", "0@cpu"], "more than once"),
         (["--model", ".", "--workloads", "mixed,other"], "workload 'other'"),
         (["--model", ".", "--repeats", "0"], "--repeats"),
+        (["--report", "x", "--curve", "layers"], "--curve needs --plot"),
         ([], "--model --report is required"),
     ],
 )
@@ -222,33 +375,78 @@ def test_bad_usage_is_one_line_and_status_2(arguments, said):
 
 
 def test_a_device_that_is_not_here_is_refused_before_anything_starts(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
     run = command("--model", tmp_path, "--arm", "0@cuda:9")
     assert run.returncode == 2
     assert "arm 0@cuda:9: SCX_SECURE_DEVICE='cuda:9'" in run.stderr
     assert run.stderr.count("\n") == 1
 
 
+SMALL = [
+    *("--workloads", "w=2x16+4,v=1x8+2", "--repeats", 2, "--warmups", 1),
+    *("--dtype", "float32", "--enforce-eager"),
+]
+
+
 def test_a_real_run(tiny_llama, tmp_path):
     out = tmp_path / "r.jsonl"
-    size = ["--workloads", "w=2x16+4", "--repeats", 1, "--warmups", 0]
-    engine = ["--dtype", "float32", "--enforce-eager"]
-    run = command("--model", tiny_llama, "--arm", 0, *size, *engine, "--out", out)
+    arms = ["--arm", 0, "--arm", "off", "--starts", 3]
+    memory = ["--kv-cache-memory-bytes", 2**28]
+    run = command("--model", tiny_llama, *arms, *SMALL, *memory, "--out", out)
     assert run.returncode == 0, run.stderr
-    native, encoded = map(json.loads, out.read_text().splitlines())
-    assert (native["arm"], encoded["arm"]) == ("native", "0@cpu")
-    assert (native["layers"], encoded["layers"]) == ("", "0")
-    for line in (native, encoded):
-        assert (line["round"], line["workload"], line["prompts"]) == (1, "w", 2)
-        assert line["counted_tokens"] == 2 * (16 + 4)
-        (seconds,) = line["seconds"]
-        assert line["tokens_per_second"] == pytest.approx(40 / seconds)
-        assert line["build_seconds"] > seconds > line["ttft_seconds"] > 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["workload"], line["arm"], line["layers"]) for line in lines] == [
+        (workload, arm, layers)
+        for workload in ("w", "v")
+        for arm, layers in (("native", ""), ("0@cpu", "0"), ("off", ""))
+    ]
+    assert len({line["started"] for line in lines}) == 1
+    for line in lines:
+        tokens = {"w": 2 * (16 + 4), "v": 8 + 2}[line["workload"]]
+        assert line["counted_tokens"] == tokens
+        assert line["num_hidden_layers"] == 4
+        assert line["engine_args"]["kv_cache_memory_bytes"] == 2**28
+        assert len(line["seconds"]) == len(line["cpu_ratio"]) == 2
+        assert line["tokens_per_second_min"] == tokens / max(line["seconds"])
+        assert line["tokens_per_second_max"] == tokens / min(line["seconds"])
+        assert line["build_seconds"] > max(line["seconds"])
+        assert max(line["seconds"]) > line["ttft_seconds"] > 0
         assert line["tpot_seconds"] > 0
-        assert line["cpu_ratio"][0] > 0
+        assert min(line["cpu_ratio"]) >= 0
         assert set(line["versions"]) == {
             *("scx-vllm", "vllm", "torch", "transformers", "python")
         }
-    assert native["crossed_bytes"] is None
-    assert encoded["crossed_bytes"] > 0
+        if line["layers"]:
+            # Two rounds. What a step moves is proportional to its tokens, and the
+            # last output token is not fed back: 2 x (16 + 3) in w, 8 + 1 in v.
+            steps = {"w": 2 * 2 * (16 + 3), "v": 2 * (8 + 1)}[line["workload"]]
+            assert line["crossed_bytes"] % steps == 0
+            assert line["crossed_bytes"] > 0
+        else:
+            assert line["crossed_bytes"] is None
     assert "w 2x16+4" in run.stdout
+
+
+def test_an_arm_that_cannot_be_built_does_not_stop_the_others(tiny_llama, tmp_path):
+    out = tmp_path / "r.jsonl"
+    run = command("--model", tiny_llama, "--arm", 99, *SMALL, "--out", out)
+    assert run.returncode == 1, run.stderr
+    (said,) = (line for line in run.stderr.splitlines() if line.startswith("arm 99@cpu"))
+    assert said.startswith("arm 99@cpu failed while its engine was built: ")
+    assert [each.arm for each in read_records(out)] == ["native", "native"]
+    assert "native" in run.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_command(number, tiny_llama, tmp_path):
+    out = tmp_path / "r.jsonl"
+    run = start("--model", tiny_llama, "--arm", 0, *SMALL, "--out", out)
+    for line in run.stderr:
+        if line.startswith("arm native: built"):
+            break
+    children = psutil.Process(run.pid).children(recursive=True)
+    assert len(children) > 2
+    # The other engine is being built.
+    run.send_signal(number)
+    assert run.wait() == (130 if number == signal.SIGINT else -number)
+    assert gone([each.pid for each in children], seconds=120)
