@@ -25,6 +25,8 @@ from scx.kernels.protocol import Mailbox
 from scx.secure_device import Traffic
 
 MAX_WORKERS = 16
+# For the engine's own threads.
+SPARE_CORES = 3
 
 
 class HostDevice:
@@ -67,6 +69,7 @@ class HostDevice:
         self.counters = torch.zeros(
             (len(slots), 4), dtype=torch.int64, device=self.device
         )
+        self._claims = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._stop = torch.zeros(1, dtype=torch.int64, device=self.device)
         words = torch.zeros(
             (len(slots), max_tokens), dtype=torch.uint64, device=self.device
@@ -77,6 +80,7 @@ class HostDevice:
         arguments = (
             self._stop.data_ptr(),
             self.mailbox.bell.data_ptr(),
+            self._claims.data_ptr(),
             self.mailbox.ready.data_ptr(),
             self.mailbox.done.data_ptr(),
             words_left.data_ptr(),
@@ -98,7 +102,7 @@ class HostDevice:
         self._threads = [
             threading.Thread(
                 target=serve,
-                args=(worker, workers, *arguments),
+                args=(worker, *arguments),
                 name=f"scx-host-{worker}",
                 daemon=True,
             )
@@ -175,9 +179,9 @@ class HostSecureLayer:
 
 
 def default_workers(ranks: int) -> int:
-    """Threads for one of `ranks` ranks of this machine: its cores but two, shared."""
+    """Threads for one of `ranks` ranks of this machine: its cores but a few, shared."""
     cores = len(os.sched_getaffinity(0))
-    return max(1, min(MAX_WORKERS, (cores - 2) // ranks))
+    return max(1, min(MAX_WORKERS, (cores - SPARE_CORES) // ranks))
 
 
 def _elements(tensor: torch.Tensor):

@@ -6,8 +6,9 @@ memory that both sides map, raises a flag there, polls another flag, and reads
 the rows that the host wrote. It is a kernel like any other to a stream and to a
 captured graph, and each replay sends what is in its buffers then.
 
-The rows are cut into chunks. Program c sends chunk c; program chunks + c
-receives it, so rows of one chunk leave while those of another arrive. All
+The rows are cut into chunks. Half of the programs send them, in order, half
+receive them, so rows of one chunk leave while those of another arrive. Programs
+are few: all chunks at once would arrive at the host at once, at the end. All
 memory that is shared with the host is written before a release store and read
 after an acquire load, both of system scope.
 """
@@ -34,9 +35,8 @@ _FLAG_STRIDE = tl.constexpr(FLAG_BYTES // 8)
 _BLOCK = tl.constexpr(8192)
 _CHUNK_ROWS = tl.constexpr(MAX_CHUNK_ROWS)
 _WARPS = 8
-# Many waiting programs would fill the bus with polls.
-_LONG_STEP = 512
-_NAP = 2000
+# Programs that send; as many receive.
+_LANES = 32
 
 
 @triton.jit
@@ -61,19 +61,17 @@ def _raise_flag(pointer, value):
 
 
 @triton.jit
-def _await_flag(pointer, value, nap, limit):
-    """Acquire `value` from the system, by one thread, or trap after `limit` polls with
-    naps of `nap` nanoseconds between them."""
+def _await_flag(pointer, value, limit):
+    """Acquire `value` from the system, by one thread, or trap after `limit` polls."""
     tl.inline_asm_elementwise(
         """{
         .reg .pred other, seen, late;
-        .reg .u32 thread, nap;
+        .reg .u32 thread;
         .reg .u64 flag, polls;
         mov.u32 thread, %tid.x;
         setp.ne.u32 other, thread, 0;
         @other bra AWAITED;
         mov.u64 polls, 0;
-        cvt.u32.u64 nap, $4;
         AWAIT:
         ld.acquire.sys.global.u64 flag, [$1];
         setp.eq.u64 seen, flag, $2;
@@ -81,13 +79,12 @@ def _await_flag(pointer, value, nap, limit):
         add.u64 polls, polls, 1;
         setp.ge.u64 late, polls, $3;
         @late trap;
-        nanosleep.u32 nap;
         bra AWAIT;
         AWAITED:
         mov.u64 $0, $2;
         }""",
-        "=l,l,l,l,l",
-        [pointer.to(tl.int64), value, limit.to(tl.int64), nap.to(tl.int64)],
+        "=l,l,l,l",
+        [pointer.to(tl.int64), value, limit.to(tl.int64)],
         dtype=tl.int64,
         is_pure=False,
         pack=1,
@@ -95,7 +92,7 @@ def _await_flag(pointer, value, nap, limit):
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunk_rows", "hop", "nap", "limit"])
+@triton.jit(do_not_specialize=["num_tokens", "chunk_rows", "hop", "limit"])
 def _exchange(
     source,
     target,
@@ -111,40 +108,43 @@ def _exchange(
     num_tokens,
     chunk_rows,
     hop,
-    nap,
     limit,
     WIDTH: tl.constexpr,
     WITH_POSITIONS: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    chunks = tl.num_programs(0) // 2
+    program = tl.program_id(0)
+    lanes = tl.num_programs(0) // 2
     turn = tl.load(sequence) + 1
-    chunk = program % chunks
-    first = chunk * chunk_rows
-    last = tl.minimum(first + chunk_rows, num_tokens)
-    if program < chunks:
-        for start in range(first * WIDTH, last * WIDTH, _BLOCK):
-            column = start + tl.arange(0, _BLOCK)
-            inside = column < last * WIDTH
-            tl.store(inbox + column, tl.load(source + column, inside), inside)
-        if WITH_POSITIONS:
-            row = first + tl.arange(0, _CHUNK_ROWS)
-            inside = row < last
-            tl.store(inbox_positions + row, tl.load(positions + row, inside), inside)
-        _raise_flag(ready + chunk * _FLAG_STRIDE, turn)
-        if chunk == 0:
-            _raise_flag(bell, (turn << 32) | hop)
+    chunks = tl.cdiv(num_tokens, chunk_rows)
+    if program < lanes:
+        for chunk in range(program, chunks, lanes):
+            first = tl.cast(chunk, tl.int64) * chunk_rows
+            last = tl.minimum(first + chunk_rows, num_tokens)
+            for start in range(first * WIDTH, last * WIDTH, _BLOCK):
+                column = start + tl.arange(0, _BLOCK)
+                inside = column < last * WIDTH
+                tl.store(inbox + column, tl.load(source + column, inside), inside)
+            if WITH_POSITIONS:
+                row = first + tl.arange(0, _CHUNK_ROWS)
+                inside = row < last
+                tl.store(inbox_positions + row, tl.load(positions + row, inside), inside)
+            _raise_flag(ready + chunk * _FLAG_STRIDE, turn)
+            if chunk == 0:
+                _raise_flag(bell, (turn << 32) | hop)
     else:
-        _await_flag(done + chunk * _FLAG_STRIDE, turn, nap, limit)
-        for start in range(first * WIDTH, last * WIDTH, _BLOCK):
-            column = start + tl.arange(0, _BLOCK)
-            inside = column < last * WIDTH
-            # Past the caches: the host wrote this while the kernel ran.
-            rows = tl.load(outbox + column, inside, cache_modifier=".cv")
-            tl.store(target + column, rows, inside)
+        for chunk in range(program - lanes, chunks, lanes):
+            first = tl.cast(chunk, tl.int64) * chunk_rows
+            last = tl.minimum(first + chunk_rows, num_tokens)
+            _await_flag(done + chunk * _FLAG_STRIDE, turn, limit)
+            for start in range(first * WIDTH, last * WIDTH, _BLOCK):
+                column = start + tl.arange(0, _BLOCK)
+                inside = column < last * WIDTH
+                # Past the caches: the host wrote this while the kernel ran.
+                rows = tl.load(outbox + column, inside, cache_modifier=".cv")
+                tl.store(target + column, rows, inside)
     tl.debug_barrier()
     # The last program to arrive takes the turn; the next kernel starts after it.
-    if tl.atomic_add(arrivals, 1) == 2 * chunks - 1:
+    if tl.atomic_add(arrivals, 1) == 2 * lanes - 1:
         tl.store(arrivals, 0)
         tl.store(sequence, turn)
 
@@ -169,8 +169,8 @@ def exchange(
     if num_tokens == 0:
         return
     chunk_rows = chunk_rows_of(num_tokens)
-    chunks = triton.cdiv(num_tokens, chunk_rows)
-    launch: Any = _exchange[(2 * chunks,)]
+    lanes = min(_LANES, triton.cdiv(num_tokens, chunk_rows))
+    launch: Any = _exchange[(2 * lanes,)]
     launch(
         source,
         target,
@@ -186,7 +186,6 @@ def exchange(
         num_tokens,
         chunk_rows,
         pack_bell(hop, chunk_rows, num_tokens),
-        _NAP if num_tokens >= _LONG_STEP else 0,
         POLLS,
         WIDTH=width,
         WITH_POSITIONS=positions is not None,

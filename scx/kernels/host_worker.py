@@ -1,15 +1,17 @@
 """The host's half of the trip: threads of compiled code that serve the flags.
 
 `scx.kernels.exchange` has the other half. A worker polls the bell, and when it
-rings for a hop, serves every `workers`-th chunk of it: it waits for the rows
-that it needs, encodes or decodes, and raises the chunk's flag. A worker holds
-no GIL and no lock. It spins for a while after its last work and then naps.
+rings for a hop, claims one chunk of it after another: it waits for the rows that
+it needs, encodes or decodes, and raises the chunk's flag. So a worker whose core
+was taken from it delays one chunk only. A worker holds no GIL and no lock. It
+spins for a while after its last work and then naps.
 
 Rows are shuffled within groups of GROUP_ROWS, so that the first rows of a long
 prefill can go back before the last have arrived; a step of up to that many
 tokens is one group. The random words of a layer's next permutation are drawn
 by worker 0 while the accelerator is busy elsewhere; each worker turns the same
-words into the same permutation, and each word is used once.
+words into the same permutation, and each word is used once. Worker 0 serves the
+first chunk of each hop, so that no hop ends before it has seen to the words.
 """
 
 import ctypes
@@ -48,6 +50,7 @@ COUNT_STEPS, COUNT_CROSSINGS, COUNT_BYTES_IN, COUNT_BYTES_OUT = range(4)
 _TOKEN_MASK = (1 << TOKEN_BITS) - 1
 _CHUNK_MASK = (1 << CHUNK_BITS) - 1
 _HOP_MASK = (1 << HOP_BITS) - 1
+_CLAIM_MASK = (1 << 32) - 1
 
 # About 40 ns a spin: 20 ms, more than the gap between two decode steps.
 _SPINS = 500_000
@@ -72,6 +75,18 @@ def _store_release_code(typing_context, address, value):
     return signature(int64, intp, int64), emit
 
 
+def _compare_exchange_code(typing_context, address, expected, value):
+    """1 where the word at an address was as expected and now has the value, else 0."""
+
+    def emit(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
+        order = ("acq_rel", "acquire")
+        result = builder.cmpxchg(pointer, arguments[1], arguments[2], *order)
+        return builder.zext(builder.extract_value(result, 1), _I64)
+
+    return signature(int64, intp, int64, int64), emit
+
+
 def _relax_code(typing_context):
     """Tell an x86 core that this is a spin loop; others have no need of it."""
 
@@ -88,6 +103,7 @@ def _relax_code(typing_context):
 # Their Python signature is not the one that compiled code calls.
 _load_acquire: Any = intrinsic(_load_acquire_code)
 _store_release: Any = intrinsic(_store_release_code)
+_compare_exchange: Any = intrinsic(_compare_exchange_code)
 _relax: Any = intrinsic(_relax_code)
 
 
@@ -120,6 +136,20 @@ def worker_loop(dtype: torch.dtype) -> Callable:
             while _load_acquire(ready + FLAG_BYTES * chunk) != turn:
                 _relax()
 
+    @numba.njit(nogil=True, error_model="numpy")
+    def claim(claims, turn, chunks):
+        """The next chunk of a turn that nobody has; `chunks` where none is left."""
+        while True:
+            word = _load_acquire(claims)
+            if word >> 32 > turn:
+                return chunks
+            # Worker 0 has chunk 0.
+            chunk = word & _CLAIM_MASK if word >> 32 == turn else 1
+            if chunk >= chunks:
+                return chunks
+            if _compare_exchange(claims, word, (turn << 32) | (chunk + 1)) == 1:
+                return chunk
+
     @numba.njit(
         "intp(intp, intp, intp, intp, intp, intp, intp, "
         f"{element}[::1], {element}[::1], int64[::1], int64[:, ::1], uint16[:, :, ::1], "
@@ -130,9 +160,9 @@ def worker_loop(dtype: torch.dtype) -> Callable:
     )
     def serve(
         worker,
-        workers,
         stop,
         bell,
+        claims,
         ready,
         done,
         words_left_address,
@@ -173,9 +203,6 @@ def worker_loop(dtype: torch.dtype) -> Callable:
             kind, layer = hops[hop, HOP_KIND], hops[hop, HOP_LAYER]
             width = hops[hop, HOP_WIDTH]
             chunks = (tokens + rows - 1) // rows
-            # A worker that had nothing to do goes on to its nap.
-            if worker < chunks:
-                spins = 0
             fresh = words_left_address + 8 * layer
             if worker == 0:
                 counters[layer, COUNT_STEPS] += kind == ENCODE_ROWS
@@ -195,7 +222,10 @@ def worker_loop(dtype: torch.dtype) -> Callable:
             drawn = -1
             source = inbox[: tokens * width].reshape(tokens, width)
             target = outbox[: tokens * width].reshape(tokens, width)
-            for chunk in range(worker, chunks, workers):
+            chunk = np.int64(0) if worker == 0 else claim(claims, turn, chunks)
+            while chunk < chunks:
+                # A worker that finds nothing to do goes on to its nap.
+                spins = 0
                 first = chunk * rows
                 last = min(first + rows, tokens)
                 if kind == DECODE_FEATURES:
@@ -233,6 +263,7 @@ def worker_loop(dtype: torch.dtype) -> Callable:
                             last - begin,
                         )
                 _store_release(done + FLAG_BYTES * chunk, turn)
+                chunk = claim(claims, turn, chunks)
             if worker == 0 and kind == DECODE_FEATURES:
                 if fill_random(words[layer, :tokens]) != 0:
                     return 1

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-MIN_CHUNK_ROWS = 4
-MAX_CHUNK_ROWS = 64
+MAX_CHUNK_ROWS = 32
+
+# A short step is cut into so many chunks at least, where it has as many rows.
+CHUNKS = 32
 
 # A flag has a cache line to itself: its neighbours belong to other cores.
 FLAG_BYTES = 64
@@ -25,10 +27,9 @@ GROUP_ROWS = 2048
 
 
 def chunk_rows_of(num_tokens: int) -> int:
-    """Rows a chunk, a power of two. One chunk up to 7 tokens, as more flags would cost
-    more than the rows; up to eight for a decode batch; for a long prefill chunks
-    that are small beside the whole."""
-    rows = max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS, num_tokens // 8))
+    """Rows a chunk, a power of two. Many small chunks keep both directions of the bus
+    and all cores at work; beyond MAX_CHUNK_ROWS that gains nothing more."""
+    rows = max(1, min(MAX_CHUNK_ROWS, num_tokens // CHUNKS))
     return 1 << (rows.bit_length() - 1)
 
 
@@ -58,7 +59,7 @@ class Mailbox:
     @classmethod
     def allocate(cls, max_tokens: int, max_width: int, dtype: torch.dtype) -> "Mailbox":
         """For steps of `max_tokens` rows of `max_width` elements; flags start at 0."""
-        chunks = max_tokens // MIN_CHUNK_ROWS + 1
+        chunks = max_tokens // MAX_CHUNK_ROWS + 2 * CHUNKS
 
         def zeros(count: int, kind: torch.dtype) -> torch.Tensor:
             # vLLM builds models under a default device, so the host is named here.
