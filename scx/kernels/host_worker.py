@@ -54,8 +54,10 @@ _CLAIM_MASK = (1 << 32) - 1
 
 # About 40 ns a spin: 20 ms, more than the gap between two decode steps.
 _SPINS = 500_000
-# Each nap without a bell is longer, so that an idle engine leaves the cores alone.
-_FIRST_NAP_MICROSECONDS, _LAST_NAP_MICROSECONDS = 50, 1000
+# Short naps while an engine may be between two layers of a long step; long ones once
+# it has been idle for about a second, so that it leaves the cores alone.
+_SHORT_NAP_MICROSECONDS, _LONG_NAP_MICROSECONDS = 50, 1000
+_SHORT_NAPS = 10_000
 
 
 def _load_acquire_code(typing_context, address):
@@ -182,7 +184,7 @@ def worker_loop(dtype: torch.dtype) -> Callable:
         pi = np.empty(GROUP_ROWS, np.int32)
         rank = np.empty(GROUP_ROWS, np.int32)
         heard = np.int64(0)
-        spins, nap = 0, _FIRST_NAP_MICROSECONDS
+        spins = naps = 0
         while True:
             ringing = _load_acquire(bell)
             if ringing == heard:
@@ -191,11 +193,13 @@ def worker_loop(dtype: torch.dtype) -> Callable:
                 spins += 1
                 if spins < _SPINS:
                     _relax()
+                elif naps < _SHORT_NAPS:
+                    usleep(_SHORT_NAP_MICROSECONDS)
+                    naps += 1
                 else:
-                    usleep(nap)
-                    nap = min(nap + 1, _LAST_NAP_MICROSECONDS)
+                    usleep(_LONG_NAP_MICROSECONDS)
                 continue
-            heard, nap = ringing, _FIRST_NAP_MICROSECONDS
+            heard, naps = ringing, 0
             turn = ringing >> 32
             tokens = ringing & _TOKEN_MASK
             rows = 1 << ((ringing >> TOKEN_BITS) & _CHUNK_MASK)
