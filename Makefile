@@ -1,7 +1,8 @@
 # make demo   the smallest run, plain and encoded, on the embedded default
-# make test   the tests
+# make test   the tests that end within 25 minutes on two cores
+# make test-all   all of them
 # make lint   style and types
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-all lint clean
 
 setup:
 	@scripts/setup.sh
@@ -10,6 +11,9 @@ demo: setup
 	.venv/bin/python test_qwen2.py --enforce-eager
 
 test: setup
+	.venv/bin/python -m pytest -m "not slow"
+
+test-all: setup
 	.venv/bin/python -m pytest
 
 lint: setup

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from scx import codec
+from scx.codecs.permutation import PermutationCodec
 from scx.host_device import HostDevice, HostSecureLayer, default_workers
 from scx.keys import RootKey
 
@@ -94,7 +94,7 @@ def main() -> None:
     out = parser.parse_args().out
     workers = default_workers(1)
     host = HostDevice(
-        [codec.derive_feature_key(RootKey.draw(), 0, range(KV_HEADS), HEAD_DIM)],
+        [PermutationCodec.derive(RootKey.draw(), 0, range(KV_HEADS), HEAD_DIM)],
         torch.randn(40_000, HEAD_DIM),
         True,
         HEADS,

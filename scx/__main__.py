@@ -1,4 +1,8 @@
-"""``python -m scx check [--model PATH]``: would this machine run encoded?"""
+"""Commands beside vLLM.
+
+python -m scx check [--model PATH]                would this machine run encoded?
+python -m scx estimate --model PATH --layers 0,27   what would it cost on a GPU?
+"""
 
 import argparse
 import importlib
@@ -7,6 +11,7 @@ import platform
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from scx import __version__, keys
 from scx.errors import SCXError
@@ -108,13 +113,45 @@ def _model(model: str) -> str:
     return f"{vllm_config.model_config.architecture}, {layers} layers, encoded {encoded}"
 
 
+def estimate(options: argparse.Namespace) -> bool:
+    """Print what encoding should cost; whether what was asked for made sense."""
+    from scx.estimate import Machine, Shape, table
+
+    machine = Machine(
+        options.hop * 1e-6, options.flag * 1e-6, bus_bytes_per_second=options.bus * 1e9
+    )
+    try:
+        shape = Shape.read(options.model, options.tensor_parallel_size)
+        config = keys.parse_config({keys.ENC_LAYERS: options.layers})
+        layers = len(config.layers_of(shape.num_layers))
+    except SCXError as error:
+        print(error, file=sys.stderr)
+        return False
+    print(f"{layers} of {shape.num_layers} layers encoded, on each rank:")
+    print("\n".join(table(shape, layers, machine)))
+    return True
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0 where all is well, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m scx", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m scx",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     checker = commands.add_parser("check", help="say whether this machine is ready")
     checker.add_argument("--model", help="path or hub name of the model that will run")
+    estimator = commands.add_parser("estimate", help="say what encoding should cost")
+    estimator.add_argument("--model", type=Path, required=True, help="a model's folder")
+    estimator.add_argument("--layers", required=True, help="as in SCX_ENC_LAYERS")
+    estimator.add_argument("--tensor-parallel-size", type=int, default=1)
+    estimator.add_argument("--bus", type=float, default=23, help="GB/s in each direction")
+    estimator.add_argument("--hop", type=float, default=9.3, help="us of an empty trip")
+    estimator.add_argument("--flag", type=float, default=0.3, help="us of each chunk")
     options = parser.parse_args(arguments)
+    if options.command == "estimate":
+        return 0 if estimate(options) else 1
     return 0 if check(options.model) else 1
 
 

@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from scx.codecs.permutation import PermutationCodec
 from scx.kernels import accelerator as kernels
 from scx.secure_device import SecureLayer, Traffic
 
@@ -23,14 +24,15 @@ class AcceleratorSecureLayer(SecureLayer):
     def __init__(
         self,
         device: torch.device,
-        feature_key: torch.Tensor,
+        features: PermutationCodec,
         cos_sin_cache: torch.Tensor,
         is_neox_style: bool,
         num_heads: int,
     ) -> None:
-        super().__init__(device, feature_key, cos_sin_cache, is_neox_style, num_heads)
+        super().__init__(device, features, cos_sin_cache, is_neox_style, num_heads)
         self._num_heads = num_heads
-        self._inverse_key = self._feature_key.argsort(-1)
+        self._key = features.key.to(device)
+        self._inverse_key = self._key.argsort(-1)
         random_bytes = bytearray(os.urandom(32))
         self._row_key = torch.frombuffer(random_bytes, dtype=torch.int32).to(device)
         # Steps and tokens so far. Graphs are replayed without Python, so the device
@@ -55,7 +57,7 @@ class AcceleratorSecureLayer(SecureLayer):
             self._pi,
             positions,
             self._cos_sin_cache,
-            self._feature_key,
+            self._key,
             self._num_heads,
             self._is_neox_style,
         )

@@ -20,8 +20,6 @@ from scx.keys import ENC_LAYERS, KEY_FILE, SECURE_DEVICE, SCXConfig, get_scx_con
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-CODEC = "permutation"
-
 ENCODED_CLASSES = {
     "LlamaForCausalLM": "scx.models.llama_scx:LlamaSCXForCausalLM",
     "Qwen2ForCausalLM": "scx.models.qwen2_scx:Qwen2SCXForCausalLM",
@@ -108,7 +106,7 @@ def configure(vllm_config: "VllmConfig") -> None:
 
 def uses_host_device(config: SCXConfig) -> bool:
     """Whether the secure step is host work that a CUDA graph can hold."""
-    return config.secure_device == "cpu" and _has_fused_kernels()
+    return config.secure_device == "cpu" and _has_fused_kernels(config)
 
 
 def uses_accelerator(config: SCXConfig) -> bool:
@@ -117,13 +115,13 @@ def uses_accelerator(config: SCXConfig) -> bool:
     A GPU with a number is another device, as any other is: the secure step is
     plain torch operations then, which synchronise with Python.
     """
-    return config.secure_device == "cuda" and _has_fused_kernels()
+    return config.secure_device == "cuda" and _has_fused_kernels(config)
 
 
-def _has_fused_kernels() -> bool:
+def _has_fused_kernels(config: SCXConfig) -> bool:
     from vllm.platforms import current_platform
 
-    return current_platform.is_cuda()
+    return config.codec == "permutation" and current_platform.is_cuda()
 
 
 def max_step_tokens(vllm_config: "VllmConfig") -> int:
@@ -175,7 +173,7 @@ def _record(config: SCXConfig, model_config: "ModelConfig") -> dict[str, Any]:
     """All that decides which graph is compiled. Nothing secret."""
     return {
         "layers": list(config.layers_of(model_config.hf_text_config.num_hidden_layers)),
-        "codec": CODEC,
+        "codec": config.codec,
         "secure_device": config.secure_device,
         "sources": _sources_hash(),
     }
@@ -265,8 +263,10 @@ def _use_piecewise_graphs(vllm_config: "VllmConfig", config: SCXConfig) -> None:
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
         if current_platform.is_cuda_alike():
             init_logger("vllm.scx").warning(
-                "SCX: each step waits for secure device %s, so CUDA graphs are PIECEWISE "
-                "and decoding is several times slower; %s=cpu and cuda keep whole graphs",
+                "SCX: with the %s codec and secure device %s each step waits for Python, "
+                "so CUDA graphs are PIECEWISE and decoding is several times slower; the "
+                "permutation codec with %s=cpu or cuda keeps whole graphs",
+                config.codec,
                 config.secure_device,
                 SECURE_DEVICE,
             )

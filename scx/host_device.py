@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from scx import codec
+from scx.codecs.permutation import PermutationCodec
 from scx.errors import SCXError
 from scx.kernels import host_worker
 from scx.kernels.host_worker import (
@@ -34,7 +34,7 @@ class HostDevice:
 
     def __init__(
         self,
-        feature_keys: Sequence[torch.Tensor],
+        features: Sequence[PermutationCodec],
         cos_sin_cache: torch.Tensor,
         is_neox_style: bool,
         num_heads: int,
@@ -44,12 +44,12 @@ class HostDevice:
         accelerator: torch.device,
         workers: int,
     ) -> None:
-        """One feature key (M, D) for each encoded layer, in the order of their slots.
+        """One codec of features for each encoded layer, in the order of their slots.
 
         `dtype` is that of the rows, `max_tokens` the most tokens of a step.
         Compiles the workers' loop, which takes seconds, and starts them.
         """
-        kv_heads, head_dim = feature_keys[0].shape
+        kv_heads, head_dim = features[0].kv_heads, features[0].head_dim
         self.query_size, kv_size = num_heads * head_dim, kv_heads * head_dim
         self.kv_size = kv_size
         widths = {
@@ -59,12 +59,12 @@ class HostDevice:
         }
         self.device = torch.device("cpu")
         self.max_tokens = max_tokens
-        self.feature_keys = torch.stack(list(feature_keys)).to(self.device)
+        self.features = [each.to(self.device) for each in features]
         self.mailbox = Mailbox.allocate(max_tokens, max(widths.values()), dtype)
         self.sequence = torch.zeros(1, dtype=torch.int64, device=accelerator)
         self.arrivals = torch.zeros(1, dtype=torch.int32, device=accelerator)
 
-        slots = range(len(feature_keys))
+        slots = range(len(features))
         hops = [[kind, slot, widths[kind]] for slot in slots for kind in range(3)]
         self.counters = torch.zeros(
             (len(slots), 4), dtype=torch.int64, device=self.device
@@ -75,8 +75,8 @@ class HostDevice:
             (len(slots), max_tokens), dtype=torch.uint64, device=self.device
         )
         words_left = torch.zeros(len(slots), dtype=torch.int64, device=self.device)
-        narrow_keys = self.feature_keys.to(torch.uint16)
-        inverse_keys = self.feature_keys.argsort(-1).to(torch.uint16)
+        keys = torch.stack([each.key for each in self.features])
+        inverse_keys = keys.argsort(-1)
         arguments = (
             self._stop.data_ptr(),
             self.mailbox.bell.data_ptr(),
@@ -88,8 +88,8 @@ class HostDevice:
             _elements(self.mailbox.outbox),
             self.mailbox.positions.numpy(),
             torch.tensor(hops, dtype=torch.int64, device=self.device).numpy(),
-            narrow_keys.numpy(),
-            inverse_keys.numpy(),
+            keys.to(torch.uint16).numpy(),
+            inverse_keys.to(torch.uint16).numpy(),
             cos_sin_cache.to(self.device, torch.float32).contiguous().numpy(),
             num_heads,
             is_neox_style,
@@ -164,10 +164,10 @@ class HostSecureLayer:
         """As SecureLayer.decode_features."""
         output.copy_(self._host.exchange(attention, self._hop(DECODE_FEATURES)))
 
-    def decode_cache(self, heads: torch.Tensor) -> torch.Tensor:
-        """As SecureLayer.decode_cache."""
-        key = self._host.feature_keys[self._slot]
-        return codec.decode_features(heads.to(self.device), key)
+    @property
+    def features(self) -> PermutationCodec:
+        """As SecureLayer.features."""
+        return self._host.features[self._slot]
 
     @property
     def traffic(self) -> Traffic:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -24,6 +26,10 @@ ENC_LAYERS = "SCX_ENC_LAYERS"
 SECURE_DEVICE = "SCX_SECURE_DEVICE"
 ENABLE_DEBUG = "SCX_ENABLE_DEBUG"
 KEY_FILE = "SCX_KEY_FILE"
+CODEC = "SCX_CODEC"
+
+CODECS = ("permutation", "affine")
+"""What SCX_CODEC may name; the first is the default."""
 
 KEY_BYTES = 32
 
@@ -45,6 +51,8 @@ class SCXConfig:
     """Whether each encoded layer logs each step."""
     key_file: Path | None
     """A file with the root key, or None: a root key is drawn in each process."""
+    codec: str = CODECS[0]
+    """How features are encoded: one of CODECS."""
 
     @property
     def enabled(self) -> bool:
@@ -73,7 +81,7 @@ def get_scx_config() -> SCXConfig:
     Raises SCXConfigError; its last line names the variable, its value and
     what is allowed.
     """
-    return _parse(os.environ)
+    return parse_config(os.environ)
 
 
 def scx_env_init(
@@ -97,7 +105,7 @@ def scx_env_init(
         SECURE_DEVICE: str(secure_device),
         ENABLE_DEBUG: str(enable_debug),
     }
-    config = _parse({**os.environ, **variables})
+    config = parse_config({**os.environ, **variables})
     if obstacle := plugin_obstacle():
         raise SCXConfigError(obstacle)
     if _config_of_process is not None:
@@ -183,6 +191,11 @@ class RootKey:
         info = f"scx-vllm v1 {label}".encode()
         return HKDF(SHA256(), length, salt=None, info=info).derive(self._secret)
 
+    def stream(self, label: str, length: int) -> bytes:
+        """As `derive`, of any length: ChaCha20, RFC 8439, under a derived key."""
+        algorithm = ChaCha20(self.derive(label, KEY_BYTES), nonce=bytes(16))
+        return Cipher(algorithm, mode=None).encryptor().update(bytes(length))
+
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that name the key and may be shown."""
@@ -195,7 +208,8 @@ class RootKey:
         raise TypeError("a key is neither copied nor pickled")
 
 
-def _parse(environ: Mapping[str, str]) -> SCXConfig:
+def parse_config(environ: Mapping[str, str]) -> SCXConfig:
+    """The setting that some variables make. Raises SCXConfigError."""
     key_file = environ.get(KEY_FILE, "").strip()
     if key_file:
         _check_key_file(Path(key_file))
@@ -204,6 +218,7 @@ def _parse(environ: Mapping[str, str]) -> SCXConfig:
         secure_device=_parse_device(environ.get(SECURE_DEVICE, "cpu")),
         enable_debug=_parse_bool(environ.get(ENABLE_DEBUG, "false")),
         key_file=Path(key_file) if key_file else None,
+        codec=_parse_codec(environ.get(CODEC, CODECS[0])),
     )
 
 
@@ -245,6 +260,13 @@ def _parse_device(text: str) -> str:
     if (device.index or 0) >= count:
         _reject(SECURE_DEVICE, text, f"{allowed}; {device.type} devices here: {count}")
     return str(device)
+
+
+def _parse_codec(text: str) -> str:
+    name = text.strip().lower()
+    if name not in CODECS:
+        _reject(CODEC, text, f"one of {', '.join(CODECS)}")
+    return name
 
 
 def _parse_bool(text: str) -> bool:

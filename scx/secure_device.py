@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 
 from scx import codec
+from scx.codecs.interface import FeatureCodec
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Traffic:
 class SecureLayer:
     """The secure device's part in one encoded layer: three calls a step, in order.
 
-    It holds the layer's feature key and, between the first two calls, the row
+    It holds the layer's codec of features and, between the first two calls, the row
     permutation of the step. Neither is ever on the accelerator, in an nn.Module
     or in a traced function.
     """
@@ -37,22 +38,21 @@ class SecureLayer:
     def __init__(
         self,
         device: torch.device,
-        feature_key: torch.Tensor,
+        features: FeatureCodec,
         cos_sin_cache: torch.Tensor,
         is_neox_style: bool,
         num_heads: int,
     ) -> None:
-        """`feature_key` (M, D) int64 and `cos_sin_cache` (max_position, R) are
-        moved to `device`; a cache that is there already is shared, not copied.
+        """`features` and `cos_sin_cache` (max_position, R) are moved to `device`; a
+        cache that is there already is shared, not copied.
         """
         self.device = device
         self._traffic = Traffic()
-        self._feature_key = feature_key.to(device)
+        self.features = features.to(device)
         self._cos_sin_cache = cos_sin_cache.to(device)
         self._is_neox_style = is_neox_style
-        kv_heads, self._head_dim = feature_key.shape
-        kv_size = kv_heads * self._head_dim
-        self._split = [num_heads * self._head_dim, kv_size, kv_size]
+        kv_size = features.kv_heads * features.head_dim
+        self._split = [num_heads * features.head_dim, kv_size, kv_size]
         self._pi = torch.empty(0, dtype=torch.int64)
 
     def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -81,13 +81,17 @@ class SecureLayer:
                 heads,
                 positions,
                 self._cos_sin_cache,
-                self._head_dim,
+                self.features.head_dim,
                 self._is_neox_style,
             )
             for heads in (q, k)
         )
-        encoded = (codec.encode_features(heads, self._feature_key) for heads in (q, k, v))
-        q, k, v = self._send(accelerator, *encoded)
+        q, k, v = self._send(
+            accelerator,
+            self.features.encode_queries(q),
+            self.features.encode_keys(k),
+            self.features.encode_values(v),
+        )
         return q, k, v
 
     def decode_features(self, attention: torch.Tensor, output: torch.Tensor) -> None:
@@ -96,12 +100,8 @@ class SecureLayer:
         Both are on the accelerator.
         """
         (attention,), accelerator = self._receive(attention)
-        decoded = codec.decode_features(attention, self._feature_key)
+        decoded = self.features.decode_output(attention)
         output.copy_(self._send(accelerator, decoded)[0])
-
-    def decode_cache(self, heads: torch.Tensor) -> torch.Tensor:
-        """Keys after RoPE, or values, from the encoded KV cache: (..., M x D)."""
-        return codec.decode_features(heads.to(self.device), self._feature_key)
 
     @property
     def traffic(self) -> Traffic:

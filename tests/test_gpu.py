@@ -10,7 +10,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
-from scx import codec
+from scx.codecs.permutation import PermutationCodec
 from scx.host_device import HostDevice, HostSecureLayer
 from scx.keys import RootKey
 from scx.secure_device import SecureLayer
@@ -35,7 +35,7 @@ def devices():
         if name not in made:
             root = RootKey.draw()
             keys = [
-                codec.derive_feature_key(root, i, range(KV_HEADS), head_dim)
+                PermutationCodec.derive(root, i, range(KV_HEADS), head_dim)
                 for i in range(2)
             ]
             table = torch.randn(MAX_TOKENS, head_dim).to(dtype)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from scx import codec
+from scx.codecs.permutation import PermutationCodec
 from scx.errors import SCXError
 from scx.host_device import HostDevice, HostSecureLayer
 from scx.kernels.host_worker import (
@@ -52,7 +52,7 @@ class StandIn:
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def device(request):
     root, dtype = RootKey.draw(), request.param
-    keys = [codec.derive_feature_key(root, i, range(KV_HEADS), HEAD_DIM) for i in (0, 1)]
+    keys = [PermutationCodec.derive(root, i, range(KV_HEADS), HEAD_DIM) for i in (0, 1)]
     table = torch.randn(MAX_TOKENS, HEAD_DIM).to(dtype)
     host = HostDevice(
         keys,

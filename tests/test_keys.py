@@ -14,7 +14,13 @@ from scx import keys
 from scx.errors import SCXConfigError
 from scx.keys import RootKey, SCXConfig, get_scx_config, scx_env_init
 
-VARIABLES = ("SCX_ENC_LAYERS", "SCX_SECURE_DEVICE", "SCX_ENABLE_DEBUG", "SCX_KEY_FILE")
+VARIABLES = (
+    "SCX_ENC_LAYERS",
+    "SCX_SECURE_DEVICE",
+    "SCX_ENABLE_DEBUG",
+    "SCX_KEY_FILE",
+    "SCX_CODEC",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +112,7 @@ def test_any_text_is_layers_or_one_clear_line(text):
         ("SCX_ENABLE_DEBUG", "", "one of 1, true"),
         ("SCX_ENABLE_DEBUG", "2", "one of 1, true"),
         ("SCX_KEY_FILE", "/nowhere/key", "32 random bytes"),
+        ("SCX_CODEC", "rot13", "one of permutation, affine"),
         ("SCX_KEY_FILE", "/", "32 random bytes"),
     ],
 )
@@ -210,6 +217,15 @@ def test_key_file_of_wrong_size(size, key_file, monkeypatch):
 def test_without_a_key_file_each_process_draws_its_own():
     config = SCXConfig((0,), "cpu", False, None)
     assert RootKey.load(config).fingerprint != RootKey.load(config).fingerprint
+
+
+def test_a_stream_belongs_to_root_and_label():
+    root = RootKey(bytes(range(32)))
+    stream = root.stream("a", 100_000)
+    assert stream == root.stream("a", 100_000)
+    assert stream[:1000] == root.stream("a", 1000)
+    for other in (root.stream("b", 1000), RootKey.draw().stream("a", 1000)):
+        assert sum(x == y for x, y in zip(stream, other, strict=False)) < 30
 
 
 def test_derivation_is_hkdf_sha256_of_rfc_5869():

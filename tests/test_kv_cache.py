@@ -10,7 +10,7 @@ import secrets
 import pytest
 import torch
 
-from scx import codec
+from scx import codec as spec
 from scx.keys import RootKey, SCXConfig
 from tests.engines import engine, greedy, in_new_process, shut_down
 from tests.tiny_models import SHAPE
@@ -33,7 +33,10 @@ def caches(model, compiled=False):
             attention = layer.self_attn
             raw = cached_tokens(attention.attn.kv_cache, len(PROMPT))
             secure = getattr(attention, "secure", None)
-            decoded = [secure.decode_cache(heads) if secure else heads for heads in raw]
+            decoded = raw
+            if secure:
+                features, (k, v) = secure.features, raw
+                decoded = [features.decode_keys(k), features.decode_values(v)]
             result.append({"raw": raw, "decoded": decoded})
         return result
 
@@ -75,8 +78,13 @@ def assert_encoded(layers, encoded, native):
 def test_encoded_layers_alone_hold_an_encoded_cache(model, request):
     path = request.getfixturevalue(model)
     native = in_new_process(caches, path)
-    for layers in ({0}, {1, 3}, set(range(LAYERS))):
-        env = {"SCX_ENC_LAYERS": ",".join(map(str, layers))}
+    settings = [
+        ({0}, "permutation"),
+        ({1, 3}, "affine"),
+        (set(range(LAYERS)), "permutation"),
+    ]
+    for layers, codec in settings:
+        env = {"SCX_ENC_LAYERS": ",".join(map(str, layers)), "SCX_CODEC": codec}
         assert_encoded(layers, in_new_process(caches, path, env=env), native)
 
 
@@ -140,7 +148,7 @@ def test_no_key_is_in_the_compile_cache(tiny_llama, tmp_path):
     root = RootKey.load(SCXConfig((0, 1), "cpu", False, key_file))
     needles = {secret, secret.hex().encode()}
     for layer in (0, 1):
-        for permutation in codec.derive_feature_key(root, layer, range(2), 64):
+        for permutation in spec.derive_feature_key(root, layer, range(2), 64):
             numbers = permutation.tolist()[:12]
             needles |= {
                 permutation[:12].numpy().tobytes(),

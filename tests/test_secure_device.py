@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from scx import codec
+from scx.codecs.permutation import PermutationCodec
 from scx.keys import RootKey
 from scx.secure_device import SecureLayer
 
@@ -16,9 +17,10 @@ WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 
 @pytest.fixture
 def layer():
-    key = codec.derive_feature_key(RootKey.draw(), 0, range(KV_HEADS), HEAD_DIM)
+    features = PermutationCodec.derive(RootKey.draw(), 0, range(KV_HEADS), HEAD_DIM)
     table = torch.randn(64, HEAD_DIM)
-    return SecureLayer(torch.device("cpu"), key, table, True, HEADS), key, table
+    secure = SecureLayer(torch.device("cpu"), features, table, True, HEADS)
+    return secure, features.key, table
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7])
@@ -34,7 +36,7 @@ def test_a_step_is_the_codec_in_order(layer, tokens):
         turned = codec.apply_rotary(heads, positions, table, HEAD_DIM, True)
         torch.testing.assert_close(ours, codec.encode_features(turned, key))
     torch.testing.assert_close(v, codec.encode_features(plain_v, key))
-    torch.testing.assert_close(secure.decode_cache(v), plain_v)
+    torch.testing.assert_close(secure.features.decode_values(v), plain_v)
 
     output = torch.full((tokens, HEADS * HEAD_DIM), torch.nan)
     secure.decode_features(codec.encode_features(plain_q, key), output)

@@ -17,16 +17,17 @@ ALLOWED = {
     "errors": set(),
     "keys": {"errors"},
     "codec": {"keys"},
+    "codecs": {"codec", "codecs", "keys"},
     "kernels": {"errors", "kernels"},
-    "secure_device": {"codec"},
-    "accelerator_device": {"kernels", "secure_device"},
-    "host_device": {"codec", "errors", "kernels", "secure_device"},
+    "secure_device": {"codec", "codecs"},
+    "accelerator_device": {"codecs", "kernels", "secure_device"},
+    "host_device": {"codecs", "errors", "kernels", "secure_device"},
     "attention": {"host_device", "secure_device"},
     "engine": {"errors", "keys"},
     "models": {
         "accelerator_device",
         "attention",
-        "codec",
+        "codecs",
         "engine",
         "errors",
         "host_device",
@@ -35,8 +36,9 @@ ALLOWED = {
         "secure_device",
     },
     "embedded": {"errors"},
+    "estimate": {"errors", "kernels"},
     "__init__": {"engine"},
-    "__main__": {"", "engine", "errors", "keys"},
+    "__main__": {"", "engine", "errors", "estimate", "keys"},
 }
 MAY_IMPORT_VLLM = {"attention", "engine", "models", "__main__"}
 

@@ -11,7 +11,7 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-from scx import codec, engine
+from scx import codecs, engine
 from scx.attention import OP_NAME, SCXAttention, logger
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
 from scx.keys import RootKey, SCXConfig, get_scx_config
@@ -52,7 +52,7 @@ class SCXForCausalLM(nn.Module):
             "graph mode %s, key %s",
             ",".join(map(str, chosen)),
             type(self).__name__,
-            engine.CODEC,
+            config.codec,
             config.secure_device,
             getattr(vllm_config.compilation_config.cudagraph_mode, "name", "NONE"),
             root.fingerprint,
@@ -88,10 +88,10 @@ def _attach_secure_layers(
     layers: list[SCXAttention], vllm_config: VllmConfig, config: SCXConfig, root: RootKey
 ) -> None:
     """Give each layer its secure device's side, with the key that is its own."""
-    feature_keys = [
-        codec.derive_feature_key(
-            root, layer.layer_index, _global_kv_heads(layer), layer.head_dim
-        )
+    codec = codecs.load(config.codec)
+    # Any, as the fused paths take permutations alone, which the engine has seen to.
+    features: list[Any] = [
+        codec.derive(root, layer.layer_index, _global_kv_heads(layer), layer.head_dim)
         for layer in layers
     ]
     rotary = layers[0].rotary_emb
@@ -111,7 +111,7 @@ def _attach_secure_layers(
         from scx.host_device import HostDevice, HostSecureLayer, default_workers
 
         host = HostDevice(
-            feature_keys,
+            features,
             rotary.cos_sin_cache,
             rotary.is_neox_style,
             layers[0].num_heads,
@@ -132,9 +132,9 @@ def _attach_secure_layers(
 
         device, secure_layer = rotary.cos_sin_cache.device, AcceleratorSecureLayer
     cos_sin_cache = rotary.cos_sin_cache.to(device)
-    for layer, feature_key in zip(layers, feature_keys, strict=True):
+    for layer, its_features in zip(layers, features, strict=True):
         layer.secure = secure_layer(
-            device, feature_key, cos_sin_cache, rotary.is_neox_style, layer.num_heads
+            device, its_features, cos_sin_cache, rotary.is_neox_style, layer.num_heads
         )
 
 

@@ -1,0 +1,132 @@
+"""A codec with a secret map and a secret offset of each head's features.
+
+For an invertible map A of a key/value head and offsets a and b of its keys and
+values: q becomes qA, k becomes (k + a) A^-T, v becomes (v + b) B. Then a score is
+q(k + a)^T = qk^T + qa^T, the same constant more for all keys of a query, which
+softmax does not see; and the weights sum to one, so the output is (o + b) B, which
+B^-1 and b undo. Attention and its cache are the stock ones.
+
+Unlike a permutation it mixes features, so their values do not survive. Any fixed
+linear map still falls to a handful of known tokens: docs/audit has the figures.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from typing_extensions import Self
+
+from scx.codecs.interface import FeatureCodec
+from scx.keys import RootKey
+
+CONDITION = 4.0
+"""The maps' condition number, which bounds how much rounding errors can grow."""
+OFFSET = 0.25
+"""The offsets' standard deviation: enough that no head is near zero where it was,
+little beside most keys and values, as rounding grows with it."""
+
+
+class AffineCodec(FeatureCodec):
+    """`A`, `B` and the offsets of one layer, in float32.
+
+    Calculated in float32 at least and rounded once in each direction. Where the
+    heads are bfloat16 or float16, errors of that rounding can be up to CONDITION
+    times those of the heads themselves.
+    """
+
+    def __init__(
+        self, key_maps: torch.Tensor, value_maps: torch.Tensor, offsets: torch.Tensor
+    ) -> None:
+        """A and B are float64 (M, D, D), `offsets` float64 (2, M, D): of keys, values."""
+        self.kv_heads, self.head_dim = key_maps.shape[:2]
+        self._key_maps, self._value_maps, self._offsets = key_maps, value_maps, offsets
+        inverse_a, inverse_b = key_maps.inverse(), value_maps.inverse()
+        inverse_a_transposed = inverse_a.transpose(-1, -2)
+        a, b = offsets[:, :, None]
+
+        def single(matrix: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return matrix.float(), row.squeeze(-2).float()
+
+        none = torch.zeros_like(a)
+        self._queries = single(key_maps, none)
+        self._keys = single(inverse_a_transposed, a @ inverse_a_transposed)
+        self._values = single(value_maps, b @ value_maps)
+        self._keys_back = single(key_maps.transpose(-1, -2), -a)
+        self._values_back = single(inverse_b, -b)
+
+    @classmethod
+    def derive(
+        cls, root: RootKey, layer: int, kv_heads: Sequence[int], head_dim: int
+    ) -> Self:
+        def normal(name: str, *shape: int) -> torch.Tensor:
+            return torch.stack(
+                [
+                    _normal(root, f"layer {layer} kv head {head} affine {name}", shape)
+                    for head in kv_heads
+                ]
+            )
+
+        square = (head_dim, head_dim)
+        key_maps, value_maps = (
+            _well_conditioned(normal(f"{name} left", *square), normal(name, *square))
+            for name in ("keys", "values")
+        )
+        offsets = [normal(f"{name} offset", head_dim) for name in ("keys", "values")]
+        return cls(key_maps, value_maps, OFFSET * torch.stack(offsets))
+
+    def to(self, device: torch.device) -> Self:
+        parts = (self._key_maps, self._value_maps, self._offsets)
+        return type(self)(*(part.to(device) for part in parts))
+
+    def encode_queries(self, heads: torch.Tensor) -> torch.Tensor:
+        return _apply(heads, *self._queries)
+
+    def encode_keys(self, heads: torch.Tensor) -> torch.Tensor:
+        return _apply(heads, *self._keys)
+
+    def encode_values(self, heads: torch.Tensor) -> torch.Tensor:
+        return _apply(heads, *self._values)
+
+    def decode_output(self, heads: torch.Tensor) -> torch.Tensor:
+        return _apply(heads, *self._values_back)
+
+    decode_values = decode_output
+
+    def decode_keys(self, heads: torch.Tensor) -> torch.Tensor:
+        return _apply(heads, *self._keys_back)
+
+
+def _apply(heads: torch.Tensor, maps: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Each head times its key/value head's map, plus that head's row."""
+    kv_heads, head_dim = rows.shape
+    wide = torch.promote_types(heads.dtype, torch.float32)
+    grouped = heads.unflatten(-1, (kv_heads, -1, head_dim)).to(wide)
+    mapped = grouped @ maps.to(wide) + rows[:, None].to(wide)
+    return mapped.flatten(-3).to(heads.dtype)
+
+
+def _well_conditioned(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Maps (M, D, D) with singular values from 1 / sqrt(CONDITION) to sqrt(CONDITION).
+
+    Between two random rotations or reflections, uniform ones where `left` and
+    `right` (M, D, D) are normal: F. Mezzadri, How to generate random matrices from
+    the classical compact groups, 2007.
+    """
+    bound = 0.5 * math.log2(CONDITION)
+    kind = {"dtype": left.dtype, "device": left.device}
+    stretch = torch.linspace(-bound, bound, left.shape[-1], **kind).exp2()
+    return _uniform_rotation(left) * stretch @ _uniform_rotation(right)
+
+
+def _uniform_rotation(normal: torch.Tensor) -> torch.Tensor:
+    q, r = torch.linalg.qr(normal)
+    return q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+
+
+def _normal(root: RootKey, label: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Normal numbers, float64, that belong to a label: 53 random bits each."""
+    words = torch.frombuffer(
+        bytearray(root.stream(label, 8 * math.prod(shape))), dtype=torch.int64
+    )
+    uniform = ((words >> 11).double() + 2.0**52 + 0.5) / 2.0**53
+    return torch.special.ndtri(uniform).reshape(shape)

@@ -1,0 +1,67 @@
+"""What every codec of features is to the rest of the package."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from typing_extensions import Self
+
+from scx.keys import RootKey
+
+
+class FeatureCodec(ABC):
+    """One layer's secret and what it does to the features of its heads.
+
+    Heads are (..., heads x D): N query heads or M key/value heads on this rank,
+    query head n with the key of key/value head n // (N // M). Results are new
+    tensors of the same shape, dtype and device; the device must be the codec's.
+    """
+
+    kv_heads: int
+    """M"""
+    head_dim: int
+    """D"""
+
+    @classmethod
+    @abstractmethod
+    def derive(
+        cls, root: RootKey, layer: int, kv_heads: Sequence[int], head_dim: int
+    ) -> Self:
+        """The codec of some heads of a layer, on the CPU.
+
+        `layer` and `kv_heads` are indices in the whole model, not in a rank, so
+        that a KV cache is read at another tensor-parallel width or in another
+        process that holds the same root key.
+        """
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Self:
+        """The same codec on another device, a secure one."""
+
+    @abstractmethod
+    def encode_queries(self, heads: torch.Tensor) -> torch.Tensor:
+        """Queries after RoPE, for attention."""
+
+    @abstractmethod
+    def encode_keys(self, heads: torch.Tensor) -> torch.Tensor:
+        """Keys after RoPE, for attention and its cache."""
+
+    @abstractmethod
+    def encode_values(self, heads: torch.Tensor) -> torch.Tensor:
+        """Values, for attention and its cache."""
+
+    @abstractmethod
+    def decode_output(self, heads: torch.Tensor) -> torch.Tensor:
+        """Attention's output for query heads: a weighted mean of values."""
+
+    @abstractmethod
+    def decode_keys(self, heads: torch.Tensor) -> torch.Tensor:
+        """Undo `encode_keys`."""
+
+    @abstractmethod
+    def decode_values(self, heads: torch.Tensor) -> torch.Tensor:
+        """Undo `encode_values`."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a codec holds a key, which is neither copied nor pickled")

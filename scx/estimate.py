@@ -1,0 +1,106 @@
+"""What encoding should cost, from a model's shape and three figures of a machine.
+
+For one encoded layer, T tokens in a step, H columns of hidden_states, N query
+heads and M key/value heads of D features on each rank:
+
+    bytes    = T (2H + 2(N + 2M)D + 2ND) / 2 x element size, in each direction
+    seconds  = 3 (hop + flag x chunks(T)) + bytes / bus
+
+Three trips, each of which costs an empty hop, a flag a chunk, and its rows
+across the bus, both directions at once. The host's kernels hide behind the bus.
+docs/performance.md has the measurements that the defaults come from.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from scx.errors import SCXConfigError
+from scx.kernels.protocol import chunk_rows_of
+
+POSITION_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a trip costs, on each rank."""
+
+    hop_seconds: float
+    """An empty trip."""
+    flag_seconds: float
+    """Each chunk of rows."""
+    bus_bytes_per_second: float
+    """In each direction while both are in use, host kernels included."""
+
+
+H100 = Machine(hop_seconds=9.3e-6, flag_seconds=0.3e-6, bus_bytes_per_second=23e9)
+"""As measured with 16 cores and PCIe 5."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One decoder layer of one rank."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    element_size: int = 2
+    """Bytes."""
+
+    @classmethod
+    def read(cls, model: Path, ranks: int = 1) -> "Shape":
+        """From a model's config.json, split over tensor-parallel ranks.
+
+        Raises SCXConfigError where the file is not there or lacks a field, or the
+        heads cannot be split so.
+        """
+        try:
+            config = json.loads((model / "config.json").read_text())
+            heads = config["num_attention_heads"]
+            kv_heads = config.get("num_key_value_heads", heads)
+            hidden_size, num_layers = config["hidden_size"], config["num_hidden_layers"]
+        except (OSError, ValueError, KeyError) as error:
+            raise SCXConfigError(
+                f"--model {model}: a folder with a config.json that has hidden_size, "
+                f"num_hidden_layers and num_attention_heads is allowed ({error!r})"
+            ) from error
+        if heads % ranks:
+            raise SCXConfigError(
+                f"--tensor-parallel-size {ranks}: {heads} heads cannot be split so"
+            )
+        return cls(
+            num_layers=num_layers,
+            hidden_size=hidden_size,
+            num_heads=heads // ranks,
+            num_kv_heads=max(1, kv_heads // ranks),
+            head_dim=config.get("head_dim") or hidden_size // heads,
+        )
+
+    def row_bytes(self) -> int:
+        """What a token of one encoded layer sends across, in each direction."""
+        query = self.num_heads * self.head_dim
+        projection = query + 2 * self.num_kv_heads * self.head_dim
+        return (self.hidden_size + projection + query) * self.element_size
+
+
+def layer_seconds(shape: Shape, tokens: int, machine: Machine) -> float:
+    """What one encoded layer adds to a step of so many tokens."""
+    chunks = math.ceil(tokens / chunk_rows_of(tokens))
+    size = tokens * (shape.row_bytes() + POSITION_BYTES)
+    return (
+        3 * (machine.hop_seconds + chunks * machine.flag_seconds)
+        + size / machine.bus_bytes_per_second
+    )
+
+
+def table(shape: Shape, layers: int, machine: Machine) -> list[str]:
+    """Lines for people: steps of one token to 16,384."""
+    lines = [f"{'tokens':>8} {'MB each way':>12} {'ms a step':>10}"]
+    for tokens in (1, 8, 64, 256, 1024, 4096, 16384):
+        megabytes = layers * tokens * shape.row_bytes() / 1e6
+        milliseconds = layers * layer_seconds(shape, tokens, machine) * 1e3
+        lines.append(f"{tokens:>8,} {megabytes:>12,.2f} {milliseconds:>10,.3f}")
+    return lines
