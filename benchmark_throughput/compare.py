@@ -236,13 +236,16 @@ def benchmark(options: argparse.Namespace) -> int:
 
 def run_arms(arms: list[Arm], plan: Plan, starts: int) -> int:
     """Build all engines, `starts` at a time, and run all workloads; how many failed."""
-    with contextlib.ExitStack() as stack:
+    # An engine takes seconds to end: the inner stack tells all, the outer one waits.
+    with contextlib.ExitStack() as closes, contextlib.ExitStack() as terminates:
         residents: list[ResidentArm] = []
         for first in range(0, len(arms), starts):
-            batch = [
-                stack.enter_context(contextlib.closing(ResidentArm(arm, plan)))
-                for arm in arms[first : first + starts]
-            ]
+            batch = []
+            for arm in arms[first : first + starts]:
+                resident = ResidentArm(arm, plan)
+                closes.callback(resident.close)
+                terminates.callback(resident.terminate)
+                batch.append(resident)
             residents += [each for each in batch if built(each)]
         for workload in plan.workloads:
             residents = run_workload(residents, workload, plan)

@@ -23,12 +23,12 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmark_throughput.records import Arm, Record, Setting, UsageError, Workload
 
 POLL_SECONDS = 1.0
-CLOSE_SECONDS = 30.0
+CLOSE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,15 @@ class ResidentArm:
             self._pipe.send((workload, number))
         return self._answer()
 
+    def terminate(self) -> None:
+        """Tell the engine to end, and do not wait for it."""
+        self._process.terminate()
+
     def close(self) -> None:
         """End the engine and all its processes; safe to call again."""
         if self._pipe.closed:
             return
-        self._process.terminate()
+        self.terminate()
         self._process.join(CLOSE_SECONDS)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -126,7 +130,7 @@ class ResidentArm:
 def serve(pipe: Connection, arm: Arm, plan: Plan) -> None:
     """Build an engine, then answer each (workload, number) with a Run."""
     os.setpgrp()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signal.signal(signal.SIGTERM, exit_once)
     try:
         with built_engine(arm, plan) as (llm, build_seconds):
             pipe.send(build_seconds)
@@ -139,6 +143,12 @@ def serve(pipe: Connection, arm: Arm, plan: Plan) -> None:
         reason = str(error).strip() or type(error).__name__
         pipe.send(ArmFailed(reason.splitlines()[-1]))
         raise
+
+
+def exit_once(number: int, _frame: Any) -> NoReturn:
+    """A second signal would interrupt the engine's end."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit()
 
 
 @contextlib.contextmanager
