@@ -19,6 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmark_throughput.comparison import CURVES, report
 from benchmark_throughput.harness import (
     ArmFailed,
     Plan,
@@ -40,7 +41,6 @@ from benchmark_throughput.records import (
     parse_workload,
     read_records,
 )
-from benchmark_throughput.report import CURVES, report
 
 RESULTS = Path(__file__).parent / "results"
 SPARE_TOKENS = 8
@@ -281,7 +281,7 @@ def run_workload(
             if number >= warmups:
                 runs[resident].append(run)
     for resident, timed in runs.items():
-        record = make_record(plan, resident, workload, timed)
+        record = make_record(plan, resident.arm, resident.build_seconds, workload, timed)
         append_record(record, plan.out)
         say(
             f"{workload.name}, {resident.arm.name}: "

@@ -183,11 +183,16 @@ def set_variables(arm: Arm, setting: Setting) -> None:
 
 
 def run_once(llm: Any, arm: Arm, workload: Workload, seed: int, number: int) -> Run:
+    """Generate once from random prompts. Raises RuntimeError where tokens are missing."""
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    prompts = random_prompts(workload, vocabulary, seed, number)
+    return timed_run(llm, arm, workload, prompts)
+
+
+def timed_run(llm: Any, arm: Arm, workload: Workload, prompts: list[Any]) -> Run:
     """Generate once. Raises RuntimeError where tokens are missing."""
     from vllm import SamplingParams
 
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
-    prompts = random_prompts(workload, vocabulary, seed, number)
     length = workload.output_tokens
     sampling = SamplingParams(
         temperature=0,
@@ -268,10 +273,9 @@ def crossed_bytes(model: Any) -> int:
 
 
 def make_record(
-    plan: Plan, resident: ResidentArm, workload: Workload, runs: list[Run]
+    plan: Plan, arm: Arm, build_seconds: float, workload: Workload, runs: list[Run]
 ) -> Record:
     """What an arm did on a workload: one run for each round."""
-    arm = resident.arm
     rates = [workload.counted_tokens / run.seconds for run in runs]
     crossed = sum(run.crossed_bytes for run in runs) if arm.layers else None
     return Record(
@@ -285,7 +289,7 @@ def make_record(
         input_tokens=workload.input_tokens,
         output_tokens=workload.output_tokens,
         counted_tokens=workload.counted_tokens,
-        build_seconds=resident.build_seconds,
+        build_seconds=build_seconds,
         seconds=[run.seconds for run in runs],
         tokens_per_second=statistics.median(rates),
         tokens_per_second_min=min(rates),
