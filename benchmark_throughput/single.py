@@ -182,7 +182,6 @@ def say(text: str) -> None:
 
 def summary(record: Record) -> list[str]:
     versions = ", ".join(f"{k} {v}" for k, v in record.versions.items())
-    least, most = record.tokens_per_second_min, record.tokens_per_second_max
     speeds = (
         record.tokens_per_second,
         record.tokens_per_second_min,

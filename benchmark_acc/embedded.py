@@ -1,0 +1,48 @@
+"""The results in this folder: the embedded models on the task that needs no hub.
+
+    python -m benchmark_acc.embedded [--out benchmark_acc/results]
+
+Llama and Qwen2, float32 and bfloat16, plain and with three choices of encoded layers.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import get_args
+
+from benchmark_acc.evaluation import run_arm
+from benchmark_acc.run_eval import arm_name, exit_status, make_plan, say
+from scx.embedded import Architecture, embedded_model
+
+TASK = "pydoc"
+LAYERS = ("", "0", "0,29", "all")
+TYPES = ("float32", "bfloat16")
+SETTING = {
+    "tensor_parallel_size": 1,
+    "model_args": "enforce_eager=True,max_model_len=512",
+    "limit": 40,
+    "seed": 0,
+}
+
+
+def evaluate_all(out: Path) -> None:
+    for dtype in TYPES:
+        for architecture in get_args(Architecture):
+            model = str(embedded_model(architecture))
+            plan = make_plan(model, TASK, dtype=dtype, **SETTING)
+            for layers in LAYERS:
+                name = arm_name(layers, plan.secure_device)
+                folder = out / dtype / TASK / plan.setting.model / name
+                run_arm(plan, layers, folder)
+                say(f"{dtype}, {architecture}: arm {name} is in {folder}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    return exit_status(lambda: evaluate_all(options.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

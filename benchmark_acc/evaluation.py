@@ -1,0 +1,188 @@
+"""One arm of an evaluation, in a process and a session of its own.
+
+vLLM reads plugins once a process, so each arm gets a fresh one. It also leads a
+session, so that all that it starts can be ended with it.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmark_acc.logs import Arm, Setting, read_lm_eval, write_arm
+from scx.errors import SCXError
+
+TASKS = Path(__file__).resolve().parent / "tasks"
+PATIENCE = 30
+"""Seconds that the processes of an arm have to end when they are told to."""
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the text is one line that says why."""
+
+
+class ArmFailed(Exception):
+    """An arm did not finish; the text is one line that says why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every arm is to do."""
+
+    model: str
+    """A model's folder or hub name."""
+    tasks: list[str]
+    """Names that lm-eval knows."""
+    setting: Setting
+    secure_device: str
+    provenance: dict[str, Any]
+    """The fields `cores`, `commit` and `dirty` of Arm."""
+
+
+def run_arm(plan: Plan, layers: str, folder: Path) -> None:
+    """Evaluate with these layers encoded. The folder is there when all is in it.
+
+    An earlier one is replaced. Raises UsageError or ArmFailed.
+    """
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    draft.mkdir(parents=True)
+    try:
+        in_own_session(evaluate, plan, layers, draft)
+        arm = Arm(
+            **asdict(plan.setting),
+            **plan.provenance,
+            arm=folder.name,
+            layers=layers,
+            secure_device=plan.secure_device,
+            utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            tasks=read_lm_eval(draft),
+        )
+        write_arm(arm, draft)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def in_own_session(function: Any, *arguments: Any) -> None:
+    """Call in a fresh interpreter, of which nothing is left when this returns.
+
+    Raises UsageError as the function does, and ArmFailed for any other error.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        error = receiver.recv()
+    except EOFError:
+        process.join()
+        error = ArmFailed(f"its process ended with status {process.exitcode}")
+    finally:
+        _end(process)
+    if error is not None:
+        raise error
+
+
+def _call(report: Connection, function: Any, arguments: tuple[Any, ...]) -> None:
+    os.setsid()
+    try:
+        function(*arguments)
+        report.send(None)
+    except (UsageError, SCXError) as error:
+        report.send(UsageError(str(error)))
+    # Whatever it is: this process shows where, and the one that asked says what.
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[-1]
+        report.send(ArmFailed(f"{type(error).__name__}: {line}"))
+        raise
+
+
+def _end(process: Any) -> None:
+    """End a process and all of the session that it leads."""
+    deadline = time.monotonic() + PATIENCE
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            process.join(0.1)
+            os.killpg(process.pid, 0)
+        os.killpg(process.pid, signal.SIGKILL)
+    # It may have been too young to lead one.
+    process.kill()
+    process.join()
+
+
+def evaluate(plan: Plan, layers: str, folder: Path) -> None:
+    """Run lm-eval in this process, with its files in `folder`.
+
+    Raises UsageError before the engine starts.
+    """
+    from scx.keys import scx_env_init
+
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    scx_env_init(layers, plan.secure_device)
+    manager = load_tasks(plan.tasks)
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.utils import simple_parse_args_string
+
+    setting = plan.setting
+    model_args = {
+        "pretrained": plan.model,
+        "dtype": setting.dtype,
+        "tensor_parallel_size": setting.tensor_parallel_size,
+        "seed": setting.seed,
+    }
+    # A name that ends like this puts all files into the folder itself.
+    tracker = EvaluationTracker(output_path=str(folder / "results.json"))
+    results: Any = simple_evaluate(
+        model="vllm",
+        model_args=model_args | simple_parse_args_string(setting.model_args),
+        tasks=list(plan.tasks),
+        task_manager=manager,
+        batch_size="auto",
+        limit=setting.limit,
+        evaluation_tracker=tracker,
+        random_seed=setting.seed,
+        numpy_random_seed=setting.seed,
+        torch_random_seed=setting.seed,
+        fewshot_random_seed=setting.seed,
+    )
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for name in results["configs"]:
+        tracker.save_results_samples(task_name=name, samples=samples[name])
+
+
+def load_tasks(names: list[str]) -> Any:
+    """lm-eval's TaskManager, once the data of the tasks are here. Raises UsageError."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        # Reading lm-eval's own, some thousands, takes seconds.
+        manager = TaskManager(include_path=str(TASKS))
+    for name in names:
+        if name not in manager.all_tasks:
+            raise UsageError(
+                f"TASK {name!r}: lm-eval has none of that name (lm_eval ls tasks lists "
+                "them; pydoc needs no hub)"
+            )
+        try:
+            manager.load([name])
+        except (ImportError, OSError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(
+                f"TASK {name!r}: its data cannot be had ({reason}); pydoc needs no hub"
+            ) from error
+    return manager
