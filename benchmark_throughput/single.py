@@ -140,8 +140,9 @@ def prompts_of(plan: Plan, number: int, vocabulary: int) -> tuple[list[Any], str
     if not (plan.model / "tokenizer_config.json").is_file():
         prompts = random_prompts(workload, vocabulary, plan.setting.seed, number)
         return prompts, "random token ids, as the model has no tokenizer"
-    from data.prompts import load_prompt
     from transformers import AutoTokenizer
+
+    from data.prompts import load_prompt
 
     tokenizer = AutoTokenizer.from_pretrained(plan.model)
     path = DATA / "prompt_32k.txt"
