@@ -1,6 +1,7 @@
 """The report of single runs: its arithmetic on hand-made logs, and what it refuses."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -67,11 +68,12 @@ def test_nothing_is_compared_without_a_plain_run(logs, tmp_path, capsys):
     assert report.main([logs["io"], other]) == 2
 
 
-def script(*arguments):
+def script(*arguments, name="qwen2-1.5b.py", **variables):
     return subprocess.run(  # noqa: S603
-        [sys.executable, str(ROOT / "benchmark_throughput/qwen2-1.5b.py"), *arguments],
+        [sys.executable, str(ROOT / "benchmark_throughput" / name), *arguments],
         capture_output=True,
         text=True,
+        env=os.environ | variables,
     )
 
 
@@ -107,3 +109,26 @@ def test_a_script_ends_in_a_record(tiny_qwen2, tmp_path):
     # Two layers, two runs of 40 tokens and three steps of one, six crossings of rows
     # of 128, 256 and 128 floats; and a position a token.
     assert made.crossed_bytes == 2 * 2 * 43 * (2 * (128 + 256 + 128) * 4 + 8)
+
+
+@pytest.mark.slow
+def test_two_ranks_through_the_script_of_70b(tiny_llama):
+    sizes = ["--input-len", "40", "--output-len", "4", "--max-model-len", "64"]
+    engine = ["--dtype", "float32", "--enforce-eager", "--gpu-memory-utilization", "0.1"]
+    ranks = ["--tensor-parallel-size", "2", "--repeat", "1", "--warmups", "0"]
+    speeds = {}
+    for layers in ("", "0,3"):
+        done = script(
+            *["--model", str(tiny_llama), *sizes, *engine, *ranks],
+            *["--scx_enc_layers", layers],
+            name="llama-70b.py",
+            VLLM_CPU_OMP_THREADS_BIND="0|1",
+        )
+        assert done.returncode == 0, done.stderr
+        speeds[layers] = json.loads(done.stdout.splitlines()[-1])
+    assert speeds["0,3"]["engine_args"]["tensor_parallel_size"] == 2
+    # Each rank has its own trips: all 128 columns of hidden_states, and half of the
+    # heads, two query heads and a KV head of 64.
+    crossed = 2 * 43 * (2 * (128 + 256 + 128) * 4 + 8)
+    assert speeds["0,3"]["crossed_bytes"] == 2 * crossed
+    assert speeds[""]["crossed_bytes"] is None
