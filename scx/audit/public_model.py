@@ -1,0 +1,186 @@
+"""The model as the adversary has it: the weights, run with transformers, not vLLM."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+FIRST_BLOCK = 128
+LARGEST_BLOCK = 2048
+_MEMO_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class States:
+    """What one layer's attention computes in the clear for each of B rows, float32."""
+
+    hidden: torch.Tensor
+    """Its input, after the norm (B, H)."""
+    q: torch.Tensor
+    """Queries after RoPE (B, N, D)."""
+    k: torch.Tensor
+    """Keys after RoPE (B, M, D)."""
+    v: torch.Tensor
+    """Values (B, M, D)."""
+
+
+class PublicModel:
+    """All weights of a Qwen2 or Llama model, float32 on the CPU."""
+
+    def __init__(self, model: str, wrong: torch.Generator | None = None) -> None:
+        """`model` is a path or a hub name. With `wrong` each parameter's entries are
+        shuffled: the same shapes and scales, and nothing that was learnt.
+        """
+        self.causal: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+        if wrong is not None:
+            for parameter in self.causal.parameters():
+                order = torch.randperm(parameter.numel(), generator=wrong)
+                parameter.data = parameter.data.flatten()[order].view_as(parameter)
+        self.vocabulary = self.causal.get_input_embeddings().num_embeddings
+        self._reader = _Reader(self.causal)
+
+    @torch.inference_mode()
+    def next_tokens(self, prefix: torch.Tensor) -> torch.Tensor:
+        """The vocabulary from the likeliest to the least likely after `prefix` (P,).
+
+        Without a prefix it is in the order of ids, as in Hidden No More.
+        """
+        if not len(prefix):
+            return torch.arange(self.vocabulary)
+        past = self._reader.after(prefix[:-1])
+        logits = self.causal(prefix[None, -1:], past_key_values=past).logits[0, -1]
+        self._reader.ids = prefix.tolist()
+        return logits.argsort(descending=True)
+
+    def layer(self, index: int) -> "LayerModel":
+        """The model up to the attention of layer `index`."""
+        return LayerModel(self, index)
+
+
+class LayerModel:
+    """What the adversary can compute for one layer's attention."""
+
+    def __init__(self, public: PublicModel, index: int) -> None:
+        self.public = public
+        self.index = index
+        self.vocabulary = public.vocabulary
+        base = public.causal.model
+        layer = base.layers[index]
+        self._attention, self._rotary = layer.self_attn, base.rotary_emb
+        # The same class with the layers below only, and this layer's input norm as
+        # its last: its result is what this layer's attention is given.
+        config = type(base.config).from_dict(base.config.to_dict() | {"num_hidden_layers": index})
+        config._attn_implementation = base.config._attn_implementation
+        with torch.device("meta"):
+            self._trunk = type(base)(config)
+        self._trunk.embed_tokens, self._trunk.rotary_emb = base.embed_tokens, base.rotary_emb
+        self._trunk.layers = nn.ModuleList(base.layers[:index])
+        self._trunk.norm = layer.input_layernorm
+        self._trunk.eval()
+        self._reader = _Reader(self._trunk)
+        self._orders: dict[tuple[int, ...], torch.Tensor] = {}
+        self._blocks: dict[tuple[tuple[int, ...], int], torch.Tensor] = {}
+        self._memo_bytes = 0
+
+    @torch.inference_mode()
+    def trace(self, ids: torch.Tensor) -> States:
+        """The states of a text (T,), one row a token."""
+        hidden = self._trunk(ids[None], use_cache=False).last_hidden_state[0]
+        return self.project(hidden, torch.arange(len(ids)))
+
+    @torch.inference_mode()
+    def table(self) -> torch.Tensor:
+        """Layer 0 alone: the layer's input for every token of the vocabulary (V, H)."""
+        if self.index:
+            raise ValueError("only layer 0 has one input a token")
+        embeddings = self._trunk.embed_tokens.weight
+        return torch.cat([self._trunk.norm(block) for block in embeddings.split(8192)])
+
+    @torch.inference_mode()
+    def project(self, hidden: torch.Tensor, positions: torch.Tensor) -> States:
+        """Queries, keys and values of `hidden` (B, H) at `positions` (B,)."""
+        attention, rows = self._attention, (1, len(hidden), -1, self._attention.head_dim)
+        q, k, v = (
+            projection(hidden).view(rows).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *self._rotary(hidden, positions[None]))
+        return States(hidden, *(heads[0].transpose(0, 1) for heads in (q, k, v)))
+
+    def candidates(self, prefix: Sequence[int]) -> Iterator[tuple[torch.Tensor, States]]:
+        """Blocks of candidates for the token after `prefix`, the likeliest first.
+
+        Yields token ids (B,) and their states at that position; all blocks together
+        are the whole vocabulary. Blocks grow, and are remembered for the attacks
+        that come this way again.
+        """
+        key = tuple(prefix)
+        if key not in self._orders:
+            self._orders[key] = self.public.next_tokens(torch.tensor(key, dtype=torch.int64))
+        order, start, size = self._orders[key], 0, FIRST_BLOCK
+        while start < len(order):
+            ids = order[start : start + size]
+            hidden = self._hidden_after(key, start, ids)
+            yield ids, self.project(hidden, torch.full((len(ids),), len(key)))
+            start, size = start + size, min(2 * size, LARGEST_BLOCK)
+
+    def _hidden_after(self, prefix: tuple[int, ...], start: int, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self._blocks.get((prefix, start))
+        if hidden is None:
+            hidden = torch.cat([self._extend(prefix, part) for part in ids.split(512)])
+            if self._memo_bytes < _MEMO_BYTES:
+                self._blocks[prefix, start] = hidden
+                self._memo_bytes += hidden.nbytes
+        return hidden
+
+    @torch.inference_mode()
+    def _extend(self, prefix: tuple[int, ...], ids: torch.Tensor) -> torch.Tensor:
+        """The layer's input (B, H) for each of `ids` (B,) as the token after `prefix`.
+
+        All stand in one sequence at the same position, each seeing the prefix and
+        itself: one pass, one copy of the prefix.
+        """
+        if not self.index:
+            return self._trunk.norm(self._trunk.embed_tokens(ids))
+        count, length = len(ids), len(prefix)
+        past = self._reader.after(torch.tensor(prefix, dtype=torch.int64))
+        sees = torch.cat([torch.ones(count, length), torch.eye(count)], dim=1).bool()
+        mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+        result = self._trunk(
+            input_ids=ids[None],
+            attention_mask=mask[None, None],
+            position_ids=torch.full((1, count), length),
+            past_key_values=past,
+        )
+        past.crop(-count)
+        return result.last_hidden_state[0]
+
+
+class _Reader:
+    """Keys and values of the text read last, so that a longer one costs the rest only."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._past = DynamicCache()
+        self.ids: list[int] = []
+
+    @torch.inference_mode()
+    def after(self, prefix: torch.Tensor) -> DynamicCache:
+        """The cache that holds exactly `prefix` (P,)."""
+        wanted = prefix.tolist()
+        common = 0
+        while common < min(len(wanted), len(self.ids)) and wanted[common] == self.ids[common]:
+            common += 1
+        if common < len(self.ids):
+            self._past.crop(common - len(self.ids))
+        if common < len(wanted):
+            self._model(prefix[None, common:], past_key_values=self._past, use_cache=True)
+        self.ids = wanted
+        return self._past
