@@ -1,4 +1,4 @@
-"""``python -m scx check [--model PATH]``: would this machine run encoded?"""
+"""``python -m scx``: `check` whether this machine runs encoded, `audit` what leaks."""
 
 import argparse
 import importlib
@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from scx import __version__, keys
 from scx.errors import SCXError
@@ -108,14 +109,60 @@ def _model(model: str) -> str:
     return f"{vllm_config.model_config.architecture}, {layers} layers, encoded {encoded}"
 
 
+def audit(options: argparse.Namespace) -> bool:
+    """Attack an engine of this process, print the report and write it to a folder."""
+    # One process, so that the recorder can stand beside the model.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if options.codec is not None:
+        os.environ["SCX_CODEC"] = options.codec
+    from scx.audit import report, runner, views
+    from scx.audit.prompts import read_prompts
+
+    everyone = options.adversary == "all"
+    try:
+        result = runner.audit(
+            runner.Settings(
+                model=options.model,
+                layers=options.layers,
+                prompts=read_prompts(options.prompts),
+                codec=options.codec,
+                adversaries=views.ADVERSARIES if everyone else (options.adversary,),
+                budget=options.budget,
+                seed=options.seed,
+                dtype=options.dtype,
+            )
+        )
+    except (SCXError, OSError) as error:
+        print(f"FAIL  audit: {error}", file=sys.stderr)
+        return False
+    print(report.terminal(result))
+    for file in report.write(result, options.out, result["codec"]):
+        print(file)
+    return True
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0 where all is well, else 1."""
     parser = argparse.ArgumentParser(prog="python -m scx", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     checker = commands.add_parser("check", help="say whether this machine is ready")
     checker.add_argument("--model", help="path or hub name of the model that will run")
+    auditor = commands.add_parser("audit", help="measure what the accelerator can tell")
+    auditor.add_argument("--model", required=True, help="path or hub name of a model")
+    auditor.add_argument("--layers", default="0", help="as in SCX_ENC_LAYERS")
+    auditor.add_argument(
+        "--codec", help="as in SCX_CODEC; the engine's default without it"
+    )
+    auditor.add_argument("--prompts", type=Path, help="a file with one prompt a line")
+    auditor.add_argument("--adversary", choices=["A1", "A2", "A3", "all"], default="all")
+    auditor.add_argument("--out", type=Path, default=Path("audit"), help="folder")
+    auditor.add_argument("--budget", type=float, default=480.0, help="seconds a layer")
+    auditor.add_argument("--seed", type=int, default=0, help="of the controls")
+    auditor.add_argument("--dtype", default="auto", help="of the engine")
     options = parser.parse_args(arguments)
-    return 0 if check(options.model) else 1
+    passed = audit(options) if options.command == "audit" else check(options.model)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -33,10 +33,11 @@ ALLOWED = {
         "secure_device",
     },
     "embedded": {"errors"},
+    "audit": {"audit", "engine", "errors", "keys"},
     "__init__": {"engine"},
-    "__main__": {"", "engine", "errors", "keys"},
+    "__main__": {"", "audit", "engine", "errors", "keys"},
 }
-MAY_IMPORT_VLLM = {"attention", "engine", "models", "__main__"}
+MAY_IMPORT_VLLM = {"attention", "audit", "engine", "models", "__main__"}
 
 
 def room(path):

@@ -73,9 +73,7 @@ class Recorder:
 
     def __init__(self, model: nn.Module, encoded: Sequence[int]) -> None:
         self.steps: list[Step] = []
-        self._handles = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        ]
+        self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self.num_layers = len(model.model.layers)  # type: ignore[union-attr]
         for index, layer in enumerate(model.model.layers):  # type: ignore[union-attr]
             self._watch(index, layer.self_attn, index in encoded)
@@ -107,7 +105,9 @@ class Recorder:
 
         def attend(_: nn.Module, args: tuple[Any, ...], result: torch.Tensor) -> None:
             q, k, v, out = (
-                _copy(heads).reshape(-1, heads.numel() // len(args[0]) // head_dim, head_dim)
+                _copy(heads).reshape(
+                    -1, heads.numel() // len(args[0]) // head_dim, head_dim
+                )
                 for heads in (*args[:3], result)
             )
             self.steps[-1].k[index], self.steps[-1].v[index] = k, v
@@ -175,6 +175,5 @@ def record(
     recorder.remove()
     capture = Capture(layers, recorder.num_layers, used, alone, together)
     llm.llm_engine.engine_core.shutdown()
-    del llm
     cleanup_dist_env_and_memory()
     return capture

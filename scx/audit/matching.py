@@ -6,7 +6,7 @@ found one after another, each candidate run through the model after the prefix
 found so far (Hidden No More, arXiv 2505.18332, algorithm 1).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ MARGIN = 0.05
 times nearer than any other. The state of the true token differs by rounding alone,
 so another that is nearer still does not exist; without such a margin all are compared."""
 
-_BLOCK_ENTRIES = 1 << 24
+_BLOCK = 8192
 
 
 @dataclass(frozen=True)
@@ -52,56 +52,65 @@ def sorted_heads(*heads: torch.Tensor) -> torch.Tensor:
 
 
 def distances(a: torch.Tensor, b: torch.Tensor, norm: float = 1.0) -> torch.Tensor:
-    """All distances (A, B) of rows (A, F) and (B, F), without the rounding of a product."""
+    """Distances (A, B) of rows (A, F) and (B, F), without the rounding of a product."""
     return torch.cdist(a, b, p=norm, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def nearest(rows: torch.Tensor, table: torch.Tensor, norm: float = 1.0) -> torch.Tensor:
+def nearest(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The row of `table` (V, F) nearest to each of `rows` (T, F): int64 (T,).
 
-    The table is read in blocks, and of equal rows one is compared.
+    Euclidean, from float64 products: their rounding is far below that of the rows. The
+    table is read in blocks, and of equal rows one is compared.
     """
-    rows, inverse = rows.unique(dim=0, return_inverse=True)
-    best = torch.full((len(rows),), torch.inf)
+    rows, inverse = rows.double().unique(dim=0, return_inverse=True)
+    best = torch.full((len(rows),), torch.inf, dtype=torch.float64)
     found = torch.zeros(len(rows), dtype=torch.int64)
-    block = max(1, _BLOCK_ENTRIES // max(len(rows), 1))
-    for start in range(0, len(table), block):
-        values, indices = distances(rows, table[start : start + block], norm).min(1)
+    for start in range(0, len(table), _BLOCK):
+        block = table[start : start + _BLOCK].double()
+        values, indices = torch.cdist(rows, block).min(1)
         nearer = values < best
         best = values.where(nearer, best)
         found = (indices + start).where(nearer, found)
     return found[inverse]
 
 
+def nearest_each(
+    parts: Sequence[torch.Tensor], table: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """`nearest` for several (T, F), one result a part."""
+    return nearest(torch.cat(list(parts)), table).split([len(part) for part in parts])
+
+
 def lookup(
-    model: LayerModel, readings: list[Reading], budget: Budget
+    model: LayerModel, readings: Sequence[Reading], budget: Budget
 ) -> list[torch.Tensor]:
     """Layer 0: token ids of each reading, one a row, as far as the budget goes.
 
     Compares the whole vocabulary, position by position for all requests at once,
-    since keys turn with their position.
+    since keys turn with their position. The readings differ in their target alone.
     """
-    table = model.table()
-    found: list[list[torch.Tensor]] = [[] for _ in readings]
-    longest = max(len(reading.target) for reading in readings)
-    for position in range(longest):
+    found: list[list[int]] = [[] for _ in readings]
+    for position in range(max(len(reading.target) for reading in readings)):
         if budget.spent():
             break
         here = [i for i, r in enumerate(readings) if position < len(r.target)]
-        features = torch.cat(
-            [
-                readings[here[0]].features(
-                    model.project(part, torch.full((len(part),), position))
-                )
-                for part in table.split(8192)
-            ]
-        )
         targets = torch.stack([readings[i].target[position] for i in here])
-        for i, token in zip(
-            here, nearest(targets, features, readings[here[0]].norm), strict=True
-        ):
+        features = features_of_table(model, readings[0], position)
+        for i, token in zip(here, nearest(targets, features).tolist(), strict=True):
             found[i].append(token)
     return [torch.tensor(tokens, dtype=torch.int64) for tokens in found]
+
+
+def features_of_table(
+    model: LayerModel, reading: Reading, position: int = 0
+) -> torch.Tensor:
+    """Layer 0: the features of the whole vocabulary at a position (V, F)."""
+    return torch.cat(
+        [
+            reading.features(States(model, part, torch.full((len(part),), position)))
+            for part in model.table.split(_BLOCK)
+        ]
+    )
 
 
 def search(

@@ -55,7 +55,9 @@ class Truth:
             clear[self.sent(longest)] = step.values_sent()
             known = self.sent(longest).unique()
             clear, coded = clear[known].permute(1, 2, 0), step.v[known].permute(1, 2, 0)
-            distance = torch.cdist(coded, clear, compute_mode="donot_use_mm_for_euclid_dist")
+            distance = torch.cdist(
+                coded, clear, compute_mode="donot_use_mm_for_euclid_dist"
+            )
             nearest = distance.min(-1)
             # Far above the rounding of one product, far below another feature.
             same = nearest.values < 1e-4 * coded.norm(dim=-1)

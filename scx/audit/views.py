@@ -60,16 +60,30 @@ class View:
     """Float32 tensors of one encoded layer; empty where an adversary is blind."""
 
     layer: int
-    cache: list[Cache]
-    """A1: one a request."""
-    clear_cache: list[dict[int, Cache]]
-    """A1: the layers that are not encoded, one dictionary a request."""
+    """The layer that is audited."""
+    encoded: tuple[int, ...]
+    """All layers that are encoded."""
+    caches: list[dict[int, Cache]]
+    """A1: by layer, encoded or not; one dictionary a request."""
+    batch: list[Cache]
+    """A1: the audited layer's, of the requests that one common step prefilled whole."""
     steps: list[BorderStep]
     """A2: those of requests that ran alone, then those of the common batch."""
     clear_hidden: dict[int, list[torch.Tensor]]
     """A3: inputs of layers that are not encoded, (T, H) a request."""
     input_ids: list[torch.Tensor]
     """A3: (T,) a request, which the embedding reads."""
+
+    @property
+    def cache(self) -> list[Cache]:
+        """A1: the audited layer's, one a request."""
+        return [caches[self.layer] for caches in self.caches]
+
+    @property
+    def lowest_clear(self) -> int | None:
+        """The lowest layer that is not encoded, or None."""
+        layers = self.caches[0]
+        return min((i for i in layers if i not in self.encoded), default=None)
 
     def prefills(self) -> list[tuple[int, BorderStep]]:
         """Request and step of the prefills that ran alone."""
@@ -83,7 +97,8 @@ class View:
 def view_of(capture: Capture, layer: int, adversary: Adversary) -> View:
     """What `adversary` holds of `layer`."""
     requests = range(len(capture.alone))
-    clear = [i for i in range(capture.num_layers) if i not in capture.layers]
+    everywhere = range(capture.num_layers)
+    clear = [i for i in everywhere if i not in capture.layers]
 
     def joined(name: str, request: int, index: int) -> torch.Tensor:
         parts = [getattr(step, name)[index] for step in capture.alone[request]]
@@ -95,14 +110,26 @@ def view_of(capture: Capture, layer: int, adversary: Adversary) -> View:
     sees_border, sees_memory = adversary in ("A2", "A3"), adversary == "A3"
     return View(
         layer=layer,
-        cache=[cache(r, layer) for r in requests],
-        clear_cache=[{i: cache(r, i) for i in clear} for r in requests],
+        encoded=capture.layers,
+        caches=[{i: cache(r, i) for i in everywhere} for r in requests],
+        batch=_batch(capture, layer),
         steps=border_steps(capture, layer) if sees_border else [],
         clear_hidden={i: [joined("hidden", r, i) for r in requests] for i in clear}
         if sees_memory
         else {},
         input_ids=[capture.ids(r) for r in requests] if sees_memory else [],
     )
+
+
+def _batch(capture: Capture, layer: int) -> list[Cache]:
+    step = capture.together[0]
+    starts = (step.positions == 0).nonzero().flatten().tolist()
+    lengths = [len(steps[0].positions) for steps in capture.alone]
+    return [
+        Cache(step.k[layer][a : a + n].float(), step.v[layer][a : a + n].float())
+        for a, n in zip(starts, lengths, strict=False)
+        if a + n <= len(step.positions)
+    ]
 
 
 def border_steps(capture: Capture, layer: int) -> list[BorderStep]:
@@ -136,10 +163,9 @@ def fresh_random(view: Nested, generator: torch.Generator) -> Nested:
     """
 
     def drawn(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            if value.is_floating_point():
-                noise = torch.randn(value.shape, generator=generator)
-                return noise * value.std(correction=0) + value.mean()
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator)
+            return noise * value.std(correction=0) + value.mean()
         if isinstance(value, list):
             return [drawn(item) for item in value]
         if isinstance(value, dict):

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -49,6 +49,11 @@ class Claim:
     """The row of the first value; the others follow it."""
 
 
+def request_tokens(tokens: Iterable[torch.Tensor]) -> list[Claim]:
+    """Claims about all tokens of the requests, in their order."""
+    return [Claim(About.REQUEST_TOKENS, r, values) for r, values in enumerate(tokens)]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The claims of one run, by label, in the order in which they are reported.
@@ -56,7 +61,7 @@ class Outcome:
     A label is what varies within the attack, as the length of a known prefix.
     """
 
-    claims: dict[str, Sequence[Claim]]
+    claims: Mapping[str, Sequence[Claim]]
     cut: str = ""
     """What the budget left out, or nothing."""
 
