@@ -1,7 +1,7 @@
 """Vocabulary matching: which token would have given what was seen?
 
-Two ways that attacks share. In layer 0 a token's states do not depend on what
-came before, so the whole vocabulary is one table. In deeper layers tokens are
+Two ways that attacks share. What depends neither on the text before nor on the
+position, as values in layer 0, is a table of the whole vocabulary. Else tokens are
 found one after another, each candidate run through the model after the prefix
 found so far (Hidden No More, arXiv 2505.18332, algorithm 1).
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scx.audit.attacks.base import Budget
+from scx.audit.interface import Budget
 from scx.audit.public_model import LayerModel, States
 
 MARGIN = 0.05
@@ -81,33 +81,11 @@ def nearest_each(
     return nearest(torch.cat(list(parts)), table).split([len(part) for part in parts])
 
 
-def lookup(
-    model: LayerModel, readings: Sequence[Reading], budget: Budget
-) -> list[torch.Tensor]:
-    """Layer 0: token ids of each reading, one a row, as far as the budget goes.
-
-    Compares the whole vocabulary, position by position for all requests at once,
-    since keys turn with their position. The readings differ in their target alone.
-    """
-    found: list[list[int]] = [[] for _ in readings]
-    for position in range(max(len(reading.target) for reading in readings)):
-        if budget.spent():
-            break
-        here = [i for i, r in enumerate(readings) if position < len(r.target)]
-        targets = torch.stack([readings[i].target[position] for i in here])
-        features = features_of_table(model, readings[0], position)
-        for i, token in zip(here, nearest(targets, features).tolist(), strict=True):
-            found[i].append(token)
-    return [torch.tensor(tokens, dtype=torch.int64) for tokens in found]
-
-
-def features_of_table(
-    model: LayerModel, reading: Reading, position: int = 0
-) -> torch.Tensor:
-    """Layer 0: the features of the whole vocabulary at a position (V, F)."""
+def features_of_table(model: LayerModel, reading: Reading) -> torch.Tensor:
+    """Layer 0: the features of the whole vocabulary at the first position (V, F)."""
     return torch.cat(
         [
-            reading.features(States(model, part, torch.full((len(part),), position)))
+            reading.features(States(model, part, torch.zeros(len(part))))
             for part in model.table.split(_BLOCK)
         ]
     )

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from scx import keys
 from scx.audit.attacks import ATTACKS
-from scx.audit.attacks.base import Attack, Budget, Knowledge, Outcome, Plaintext
 from scx.audit.capture import Capture, record
+from scx.audit.interface import Attack, Budget, Knowledge, Outcome, Plaintext
 from scx.audit.prompts import public_text
 from scx.audit.public_model import PublicModel
 from scx.audit.scoring import Truth, score
@@ -109,6 +109,8 @@ def attack(capture: Capture, settings: Settings) -> Iterator[dict[str, Any]]:
         weights = [CONTROL_WEIGHT if control else 1.0 for _, control in runs]
         name = WHOLE_MODEL if layer is None else layer
         seen = {who: view_of(capture, index, who) for who in settings.adversaries}
+        generator = torch.Generator().manual_seed(settings.seed)
+        noise = {who: fresh_random(view, generator) for who, view in seen.items()}
         results: dict[str, tuple[Outcome, float]] = {}
         progress = tqdm(runs, desc=f"layer {name}", unit="run")
         for i, (current, control) in enumerate(progress):
@@ -116,9 +118,7 @@ def attack(capture: Capture, settings: Settings) -> Iterator[dict[str, Any]]:
             share = weights[i] / sum(weights[i:])
             seconds = max(0.0, end - time.monotonic()) * share
             budget = Budget(seconds, CONTROL_CANDIDATES if control else None)
-            view = seen[current.adversary]
-            if control == "random":
-                view = fresh_random(view, torch.Generator().manual_seed(settings.seed))
+            view = (noise if control == "random" else seen)[current.adversary]
             known = mistaken if control == "wrong weights" else knowledge
             results[control] = _timed(current, known, view, budget)
             if i + 1 == len(runs) or runs[i + 1][0] is not current:

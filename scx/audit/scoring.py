@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from scx.audit.attacks.base import About, Claim
 from scx.audit.capture import Capture
+from scx.audit.interface import About, Claim
 from scx.audit.views import BorderStep, border_steps
 
 
@@ -82,7 +82,9 @@ _Part = tuple[int, int, float, int]
 def _tokens(claim: Claim, expected: torch.Tensor, truth: Truth) -> _Part:
     attacked = expected[claim.first : claim.first + len(claim.values)]
     right = int((claim.values == attacked).sum())
-    return right, len(attacked), _most_common(truth.requests), len(expected)
+    again = float(torch.isin(attacked, claim.given).float().mean())
+    floor = max(_most_common(truth.requests), again)
+    return right, len(attacked), floor, len(expected)
 
 
 def _most_common(requests: Sequence[torch.Tensor]) -> float:
@@ -131,7 +133,7 @@ def _text(claim: Claim, truth: Truth) -> _Part:
 
 def _row_order(claim: Claim, truth: Truth) -> _Part:
     step = truth.steps[claim.index]
-    right = (step.hidden[claim.values] == step.rows).all(-1)
+    right = (step.rows[claim.values] == step.hidden).all(-1)
     same = _equal_rows(step)
     return int(right.sum()), len(right), float(same.float().mean()), len(right)
 

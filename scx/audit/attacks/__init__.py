@@ -1,6 +1,5 @@
 """The attacks of an audit, one file an idea."""
 
-from scx.audit.attacks.base import Attack
 from scx.audit.attacks.batch_of_one import BatchOfOne
 from scx.audit.attacks.collision import Collision
 from scx.audit.attacks.dictionary import HeadNorms, SortedValues
@@ -20,6 +19,7 @@ from scx.audit.attacks.vocabulary import (
     Shuffled,
     ShuffledFeatures,
 )
+from scx.audit.interface import Attack
 
 ATTACKS: tuple[Attack, ...] = (
     # A1, fast ones first: what they leave of the time is for the searches.

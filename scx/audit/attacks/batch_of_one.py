@@ -2,7 +2,7 @@
 
 import torch
 
-from scx.audit.attacks.base import About, Attack, Budget, Claim, Knowledge, Outcome
+from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
 from scx.audit.matching import Reading, hidden_of, nearest, search
 from scx.audit.views import View
 

@@ -2,15 +2,15 @@
 
 import torch
 
-from scx.audit.attacks.base import About, Attack, Budget, Claim, Knowledge, Outcome
 from scx.audit.attacks.vocabulary import cut_of
+from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
 from scx.audit.matching import distances, sorted_heads
 from scx.audit.public_model import LayerModel
 from scx.audit.views import View
 
-GAP = 4.0
-"""Standard deviations below the mean of a batch that make a candidate stand out. The
-least of a batch of 2048 normal deviates is 3.4 below on average."""
+GAP = 6.0
+"""Standard deviations below the mean of a batch, of the logarithm of the distance, that
+make a candidate stand out. The least of 2048 normal deviates is 3.4 below on average."""
 STOP = 4
 """A token is given up after a quarter of the vocabulary."""
 
@@ -61,7 +61,7 @@ def _collide(
                 for heads, seen in ((states.k, k), (states.v, v))
             ],
             dim=1,
-        )
+        ).log()
         far = ((gaps.mean(0) - gaps) / gaps.std(0)).amin(1)
         if far.max() > GAP:
             return int(ids[far.argmax()])

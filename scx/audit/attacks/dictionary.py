@@ -2,7 +2,7 @@
 
 import torch
 
-from scx.audit.attacks.base import Attack, Budget, Knowledge, Outcome, request_tokens
+from scx.audit.interface import Attack, Budget, Knowledge, Outcome, request_tokens
 from scx.audit.matching import nearest_each, sorted_heads
 from scx.audit.views import View
 

@@ -3,7 +3,7 @@
 import torch
 from transformers.cache_utils import DynamicCache
 
-from scx.audit.attacks.base import About, Attack, Budget, Claim, Knowledge, Outcome
+from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
 from scx.audit.public_model import PublicModel
 from scx.audit.views import Cache, View
 

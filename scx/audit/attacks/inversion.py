@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch.nn.functional import normalize
 
-from scx.audit.attacks.base import Attack, Budget, Knowledge, Outcome, request_tokens
 from scx.audit.attacks.linking import link
+from scx.audit.interface import Attack, Budget, Knowledge, Outcome, request_tokens
 from scx.audit.matching import nearest_each
 from scx.audit.public_model import LayerModel
 from scx.audit.views import View
@@ -66,7 +66,5 @@ class LinkedInversion(Attack):
         linked = []
         for _, step in view.prefills():
             order, _ = link(step)
-            k, v = torch.zeros_like(step.k), torch.zeros_like(step.v)
-            k[order], v[order] = step.keys_sent(), step.values_sent()
-            linked.append((k, v))
+            linked.append((step.keys_sent()[order], step.values_sent()[order]))
         return Outcome({"": request_tokens(invert(knowledge.model, linked))})

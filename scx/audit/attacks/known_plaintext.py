@@ -2,8 +2,8 @@
 
 import torch
 
-from scx.audit.attacks.base import About, Attack, Budget, Claim, Knowledge, Outcome
 from scx.audit.attacks.vocabulary import cut_of
+from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
 from scx.audit.matching import Reading, nearest, search
 from scx.audit.public_model import LayerModel, States
 from scx.audit.views import View
@@ -60,7 +60,7 @@ class KnownPrefix(Attack):
 
     name = "known prefix, least squares"
     adversary = "A1"
-    lengths = (8, 0, 1, 2, 3, 4, 6, 12, 16, 32, 64)
+    lengths = (8, 0, 1, 2, 3, 4, 6, 16, 32, 64)
     deep_lengths = (64, 16, 4)
 
     def run(self, knowledge: Knowledge, view: View, budget: Budget) -> Outcome:
@@ -74,6 +74,9 @@ class KnownPrefix(Attack):
         claims = {}
         cuts = []
         for i, length in enumerate(lengths):
+            if budget.spent():
+                cuts.append(f"{length} tokens and what follows")
+                break
             part = budget.part(1 / (len(lengths) - i))
             label, claims_here, rows = f"{length} tokens", [], 0
             for request in requests:
@@ -87,7 +90,7 @@ class KnownPrefix(Attack):
                 else:
                     tokens = search(model, mapped_reading(maps, v), known, part)
                 claims_here.append(
-                    Claim(About.REQUEST_TOKENS, request, tokens, first=length)
+                    Claim(About.REQUEST_TOKENS, request, tokens, length, given=known)
                 )
             claims[label] = claims_here
             if cut := cut_of(claims_here, rows):
@@ -123,5 +126,5 @@ class Neighbour(Attack):
             else:
                 known = text[:0]
                 tokens = search(model, mapped_reading(maps, v), known, budget)
-            claims.append(Claim(About.REQUEST_TOKENS, request, tokens))
+            claims.append(Claim(About.REQUEST_TOKENS, request, tokens, given=text))
         return Outcome({"": claims}, cut_of(claims, sum(sizes) - sizes[own]))

@@ -2,23 +2,21 @@
 
 import torch
 
-from scx.audit.attacks.base import About, Attack, Budget, Claim, Knowledge, Outcome
+from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
 from scx.audit.matching import distances, nearest, sorted_heads
 from scx.audit.views import BorderStep, View
 
 
 def link(step: BorderStep) -> tuple[torch.Tensor, torch.Tensor]:
-    """The row of the batch (T,) that each sent row is, and the clear feature (M, D)
+    """The sent row (T,) that each row of the batch is, and the clear feature (M, D)
     that each encoded feature of V is.
 
     A permutation of a head's features leaves its sorted values as they are. They
     match the rows; with the rows in order, equal columns match the features.
     """
     sent, coded = step.values_sent(), step.v
-    order = nearest(sorted_heads(sent), sorted_heads(coded))
-    clear = torch.zeros_like(coded)
-    clear[order] = sent
-    gaps = distances(coded.permute(1, 2, 0), clear.permute(1, 2, 0))
+    order = nearest(sorted_heads(coded), sorted_heads(sent))
+    gaps = distances(coded.permute(1, 2, 0), sent[order].permute(1, 2, 0))
     return order, gaps.argmin(-1)
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from scx.audit.attacks.base import About, Attack, Budget, Claim, Knowledge, Outcome
 from scx.audit.attacks.moments import public_values
+from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
 from scx.audit.matching import distances
 from scx.audit.views import View
 

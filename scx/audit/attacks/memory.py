@@ -2,8 +2,8 @@
 
 import torch
 
-from scx.audit.attacks.base import Attack, Budget, Knowledge, Outcome, request_tokens
 from scx.audit.attacks.vocabulary import VocabularyMatching
+from scx.audit.interface import Attack, Budget, Knowledge, Outcome, request_tokens
 from scx.audit.matching import Reading, hidden_of
 from scx.audit.public_model import States
 from scx.audit.views import Cache, View

@@ -2,7 +2,7 @@
 
 import torch
 
-from scx.audit.attacks.base import About, Attack, Budget, Claim, Knowledge, Outcome
+from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
 from scx.audit.public_model import LayerModel
 from scx.audit.views import View
 
@@ -36,10 +36,14 @@ class Subspace(Attack):
     def run(self, knowledge: Knowledge, view: View, budget: Budget) -> Outcome:
         model: LayerModel = knowledge.model
         table, claims, cut = model.table, [], ""
-        for index, step in enumerate(view.steps):
+        fitting = [
+            (index, step.rows)
+            for index, step in enumerate(view.steps)
+            if 2 * len(step.rows) < step.rows.shape[1]
+        ]
+        for index, rows in sorted(fitting, key=lambda pair: len(pair[1]), reverse=True):
             if budget.spent():
-                cut = f"{index} of {len(view.steps)} steps"
+                cut = f"{len(claims)} of {len(fitting)} steps"
                 break
-            if 2 * len(step.rows) < step.rows.shape[1]:
-                claims.append(Claim(About.STEP_BAG, index, members(step.rows, table)))
+            claims.append(Claim(About.STEP_BAG, index, members(rows, table)))
         return Outcome({"": claims}, cut)

@@ -4,12 +4,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from scx.audit.attacks.base import About, Attack, Budget, Claim, Knowledge, Outcome
+from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
 from scx.audit.matching import (
     Reading,
     features_of_table,
     hidden_of,
-    lookup,
     nearest_each,
     search,
     sorted_heads,
@@ -59,8 +58,8 @@ class VocabularyMatching(Attack):
     A subclass says what is compared, with a distance that does not see what the
     codec hides: none (as they are), S (rows in any order), D (features of a head in
     any order), SD (both). The nearest of all candidates is taken, not the first below
-    a threshold; a search ends early where no nearer one can exist. In layer 0 the
-    whole vocabulary is compared for every row.
+    a threshold; a search ends early where no nearer one can exist. In layer 0, where one
+    table serves all rows unless keys are compared, the whole vocabulary is, every time.
 
     Source: Hidden No More (arXiv 2505.18332), algorithm 1; on K and V of one layer as
     in the vma-external repository of its authors, here per head.
@@ -77,17 +76,8 @@ class VocabularyMatching(Attack):
         self, model: LayerModel, readings: list[tuple[int, Reading]], budget: Budget
     ) -> Outcome:
         """The claims from readings of the layer of `model`."""
-        if model.index:
-            claims, cut = search_each(model, readings, budget)
-            return Outcome({"": claims}, cut)
-        found = lookup(model, [reading for _, reading in readings], budget)
-        claims = [
-            Claim(About.REQUEST_TOKENS, request, tokens)
-            for (request, _), tokens in zip(readings, found, strict=True)
-        ]
-        return Outcome(
-            {"": claims}, cut_of(claims, sum(len(r.target) for _, r in readings))
-        )
+        claims, cut = search_each(model, readings, budget)
+        return Outcome({"": claims}, cut)
 
 
 class Plain(VocabularyMatching):

@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
@@ -29,7 +29,7 @@ class About(Enum):
     TEXT = "text of a request"
     """A sequence of token ids, compared by longest common subsequence."""
     ROW_ORDER = "order of the rows sent"
-    """The row of the batch that each sent row is."""
+    """The sent row that each row of the batch is."""
     COLUMNS = "features of V"
     """(M, D): the clear feature that each encoded feature of a KV head is."""
     EQUALITY = "pairs of equal tokens in a request"
@@ -47,6 +47,9 @@ class Claim:
     """int64, as `About` says, for the `rows`."""
     first: int = 0
     """The row of the first value; the others follow it."""
+    given: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """Token ids that the attack was given with their encoding. Knowing them again needs
+    no weights, since equal tokens stay equal; it counts as chance."""
 
 
 def request_tokens(tokens: Iterable[torch.Tensor]) -> list[Claim]:
