@@ -14,10 +14,11 @@ import torch
 from scx.audit.interface import Budget
 from scx.audit.public_model import LayerModel, States
 
-MARGIN = 0.05
-"""A search ends before the vocabulary does where the nearest candidate is this many
-times nearer than any other. The state of the true token differs by rounding alone,
-so another that is nearer still does not exist; without such a margin all are compared."""
+MARGIN = 0.2
+"""A search ends before the vocabulary does where the nearest candidate is at this share
+of the distance of any other. The true token differs by rounding alone: in SmolLM2-135M,
+layers 15 and 29, it lies at 2 to 11 percent of the nearest other in bfloat16 and below
+in float32. Without such a margin, as at some first positions, all are compared."""
 
 _BLOCK = 8192
 

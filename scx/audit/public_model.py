@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-FIRST_BLOCK = 128
+FIRST_BLOCK = 64
 LARGEST_BLOCK = 2048
 _MEMO_BYTES = 1 << 30
 
@@ -62,9 +62,14 @@ class PublicModel:
             for parameter in self.causal.parameters():
                 order = torch.randperm(parameter.numel(), generator=wrong)
                 parameter.data = parameter.data.flatten()[order].view_as(parameter)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        self._path = model
         self.vocabulary = self.causal.get_input_embeddings().num_embeddings
         self._reader = _Reader(self.causal)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's own."""
+        return AutoTokenizer.from_pretrained(self._path)
 
     @torch.inference_mode()
     def read(self, ids: torch.Tensor) -> DynamicCache:
@@ -77,10 +82,10 @@ class PublicModel:
     def next_tokens(self, prefix: torch.Tensor) -> torch.Tensor:
         """The vocabulary from the likeliest to the least likely after `prefix` (P,).
 
-        Without a prefix it is in the order of ids, as in Hidden No More.
+        Without a prefix it is that after the token that begins a text.
         """
         if not len(prefix):
-            return torch.arange(self.vocabulary)
+            prefix = torch.tensor([self.causal.config.bos_token_id])
         past = self._reader.after(prefix[:-1])
         logits = self.causal(prefix[None, -1:], past_key_values=past).logits[0, -1]
         self._reader.ids = prefix.tolist()

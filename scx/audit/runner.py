@@ -26,7 +26,7 @@ NEW_TOKENS = 4
 PUBLIC_TOKENS = 2048
 CONTROL_WEIGHT = 0.25
 """Share of an attack's time that a control gets."""
-CONTROL_CANDIDATES = 1024
+CONTROL_CANDIDATES = 128
 """A control has no nearer candidate to find, so it compares this many and no more."""
 WHOLE_MODEL = "all"
 
