@@ -2,7 +2,7 @@
 
 import torch
 
-from scx.audit.attacks.vocabulary import cut_of
+from scx.audit.attacks.vocabulary import cut_of, search_each
 from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
 from scx.audit.matching import Reading, nearest, search
 from scx.audit.public_model import LayerModel, States
@@ -51,8 +51,9 @@ class KnownPrefix(Attack):
     public, solves the affine map of each head and reads the rest of that request.
 
     In layer 0 the nearest of the whole mapped vocabulary is taken, for the requests
-    that are longer than the longest prefix by as much again; deeper, candidates after
-    the tokens found so far, for the longest request.
+    that are longer than the longest prefix by as much again. Deeper, for the longest
+    request, candidates after the tokens found so far; with fewer known tokens than
+    features none stands out, so only the likeliest are compared.
 
     Source: measured in this project. Least squares on known rows is the anchor attack
     of GELO (arXiv 2603.05035, section 4.3).
@@ -61,7 +62,8 @@ class KnownPrefix(Attack):
     name = "known prefix, least squares"
     adversary = "A1"
     lengths = (8, 0, 1, 2, 3, 4, 6, 16, 32, 64)
-    deep_lengths = (64, 16, 4)
+    deep_lengths = (64, 32, 16)
+    deep_candidates = 1024
 
     def run(self, knowledge: Knowledge, view: View, budget: Budget) -> Outcome:
         at_first, model = view.layer == 0, knowledge.model
@@ -78,6 +80,7 @@ class KnownPrefix(Attack):
                 cuts.append(f"{length} tokens and what follows")
                 break
             part = budget.part(1 / (len(lengths) - i))
+            part.candidates = budget.candidates or self.deep_candidates
             label, claims_here, rows = f"{length} tokens", [], 0
             for request in requests:
                 v = view.cache[request].v
@@ -118,13 +121,17 @@ class Neighbour(Attack):
         text = knowledge.plaintext.prefix(own, sizes[own])
         maps = solve(model.trace(text).v, view.batch[own].v)
         others = [r for r in range(len(sizes)) if r != own]
-        claims = []
-        for request in sorted(others, key=lambda r: sizes[r]):
-            v = view.batch[request].v
-            if view.layer == 0:
-                tokens = first_layer_tokens(model, maps, v)
-            else:
-                known = text[:0]
-                tokens = search(model, mapped_reading(maps, v), known, budget)
-            claims.append(Claim(About.REQUEST_TOKENS, request, tokens, given=text))
-        return Outcome({"": claims}, cut_of(claims, sum(sizes) - sizes[own]))
+        values = {r: view.batch[r].v for r in others}
+        if view.layer:
+            readings = [(r, mapped_reading(maps, v)) for r, v in values.items()]
+            claims, cut = search_each(model, readings, budget, given=text)
+            return Outcome({"": claims}, cut)
+        found = {r: first_layer_tokens(model, maps, v) for r, v in values.items()}
+        return Outcome(
+            {
+                "": [
+                    Claim(About.REQUEST_TOKENS, r, tokens, given=text)
+                    for r, tokens in found.items()
+                ]
+            }
+        )

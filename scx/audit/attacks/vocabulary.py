@@ -1,6 +1,6 @@
 """Vocabulary matching on what crosses and on the cache."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -29,21 +29,25 @@ def sorted_qkv(states: States) -> torch.Tensor:
 
 def search_each(
     model: LayerModel,
-    readings: Iterable[tuple[int, Reading]],
+    readings: Sequence[tuple[int, Reading]],
     budget: Budget,
+    given: torch.Tensor | None = None,
 ) -> tuple[list[Claim], str]:
     """Tokens of requests, found one after another; the shortest request first.
 
-    Returns the claims and what the budget cut.
+    Each gets an equal part of the time that is left, so that a token which the model
+    finds unlikely, hence late, does not stop all. `given` is that of `Claim`. Returns
+    the claims and what the budget cut.
     """
-    claims, rows = [], 0
-    for request, reading in sorted(readings, key=lambda pair: len(pair[1].target)):
-        rows += len(reading.target)
-        if not budget.spent():
-            tokens = search(model, reading, torch.empty(0, dtype=torch.int64), budget)
-            if len(tokens):
-                claims.append(Claim(About.REQUEST_TOKENS, request, tokens))
-    return claims, cut_of(claims, rows)
+    nothing = torch.empty(0, dtype=torch.int64)
+    claims = []
+    by_length = sorted(readings, key=lambda pair: len(pair[1].target))
+    for i, (request, reading) in enumerate(by_length):
+        tokens = search(model, reading, nothing, budget.part(1 / (len(readings) - i)))
+        if len(tokens):
+            seen = nothing if given is None else given
+            claims.append(Claim(About.REQUEST_TOKENS, request, tokens, given=seen))
+    return claims, cut_of(claims, sum(len(reading.target) for _, reading in readings))
 
 
 def cut_of(claims: Sequence[Claim], rows: int) -> str:
