@@ -133,7 +133,7 @@ def audit(options: argparse.Namespace) -> bool:
                 dtype=options.dtype,
             )
         )
-    except (SCXError, OSError) as error:
+    except (SCXError, OSError, ValueError) as error:
         print(f"FAIL  audit: {error}", file=sys.stderr)
         return False
     print(report.terminal(result))

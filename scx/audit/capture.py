@@ -152,6 +152,7 @@ def record(
         enable_prefix_caching=False,
         disable_log_stats=True,
         skip_tokenizer_init=True,
+        max_model_len=max(map(len, prompts)) + new_tokens,
         **engine_args,
     )
     record_of_engine = engine.record_of(llm.llm_engine.vllm_config)

@@ -47,7 +47,6 @@ class Settings:
     seed: int = 0
     """Of the controls alone. Keys are the operating system's."""
     dtype: str = "auto"
-    max_model_len: int = 2048
 
 
 def audit(settings: Settings) -> dict[str, Any]:
@@ -61,7 +60,6 @@ def audit(settings: Settings) -> dict[str, Any]:
         settings.codec,
         new_tokens=NEW_TOKENS,
         dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
     )
     captured = time.monotonic()
     findings = list(attack(capture, settings))
