@@ -115,32 +115,32 @@ def attack(capture: Capture, settings: Settings) -> Iterator[dict[str, Any]]:
     models = PublicModel(settings.model), PublicModel(settings.model, wrong=generator)
     text = public_text(models[0].tokenizer, PUBLIC_TOKENS)
     plaintext = Plaintext([capture.ids(r) for r in range(len(capture.alone))])
+    wanted = [a for a in ATTACKS if a.adversary in settings.adversaries]
     for layer in (None, *capture.layers):
         index = capture.layers[0] if layer is None else layer
         right, wrong = (
             Knowledge(public, public.layer(index), text, plaintext) for public in models
         )
-        seen = {who: view_of(capture, index, who) for who in settings.adversaries}
-        noise = {who: fresh_random(view, generator) for who, view in seen.items()}
+        seen: dict[Adversary, View] = {
+            who: view_of(capture, index, who) for who in settings.adversaries
+        }
+        noise: dict[Adversary, View] = {
+            who: fresh_random(view, generator) for who, view in seen.items()
+        }
         bench = _Bench(
             {"": right, "random": right, "wrong weights": wrong},
             {"": seen, "random": noise, "wrong weights": seen},
             Truth(capture, index, models[0].vocabulary),
         )
-        attacks = [
-            a
-            for a in ATTACKS
-            if a.adversary in settings.adversaries and _applies(a, layer)
-        ]
+        attacks = [a for a in wanted if _applies(a, layer)]
+        name = WHOLE_MODEL if layer is None else layer
         end = time.monotonic() + settings.budget
-        progress = tqdm(
-            attacks, desc="whole model" if layer is None else f"layer {layer}"
-        )
+        progress = tqdm(attacks, desc=f"layer {name}", unit="attack")
         for i, current in enumerate(progress):
             progress.set_postfix_str(current.name)
             seconds = (end - time.monotonic()) / (len(attacks) - i)
             for finding in _findings(bench, current, seconds):
-                yield {"layer": WHOLE_MODEL if layer is None else layer, **finding}
+                yield {"layer": name, **finding}
 
 
 def _applies(attack: Attack, layer: int | None) -> bool:
