@@ -1,7 +1,8 @@
 """Commands beside vLLM.
 
-python -m scx check [--model PATH]                would this machine run encoded?
+python -m scx check [--model PATH]                  would this machine run encoded?
 python -m scx estimate --model PATH --layers 0,27   what would it cost on a GPU?
+python -m scx audit --model PATH --layers 0,27      what does the accelerator learn?
 """
 
 import argparse
@@ -17,10 +18,10 @@ from scx import __version__, keys
 from scx.errors import SCXError
 
 
-def check(model: str | None) -> bool:
+def check(options: argparse.Namespace) -> bool:
     """Print one line a check and return whether all passed.
 
-    `model` is a path or a hub name; with it vLLM builds the engine's
+    `options.model` is a path or a hub name; with it vLLM builds the engine's
     configuration, but no engine.
     """
     # One line a check: vLLM's own lines would stand between them.
@@ -32,8 +33,8 @@ def check(model: str | None) -> bool:
         ("secure device", _secure_device),
         ("model classes", _model_classes),
     ]
-    if model is not None:
-        checks.append(("model", lambda: _model(model)))
+    if options.model is not None:
+        checks.append(("model", lambda: _model(options.model)))
     # Each is run, also after one failed: the user sees everything at once.
     return all([_passes(name, probe) for name, probe in checks])
 
@@ -132,6 +133,39 @@ def estimate(options: argparse.Namespace) -> bool:
     return True
 
 
+def audit(options: argparse.Namespace) -> bool:
+    """Attack an engine of this process, print the report and write it to a folder."""
+    # One process, so that the recorder can stand beside the model.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if options.codec is not None:
+        os.environ["SCX_CODEC"] = options.codec
+    from scx.audit import report, runner, views
+    from scx.audit.prompts import read_prompts
+
+    everyone = options.adversary == "all"
+    try:
+        result = runner.audit(
+            runner.Settings(
+                model=options.model,
+                layers=options.layers,
+                prompts=read_prompts(options.prompts),
+                codec=options.codec,
+                adversaries=views.ADVERSARIES if everyone else (options.adversary,),
+                budget=options.budget,
+                seed=options.seed,
+                dtype=options.dtype,
+            )
+        )
+    except (SCXError, OSError, ValueError) as error:
+        print(f"FAIL  audit: {error}", file=sys.stderr)
+        return False
+    print(report.terminal(result))
+    for file in report.write(result, options.out, result["codec"]):
+        print(file)
+    return True
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0 where all is well, else 1."""
     parser = argparse.ArgumentParser(
@@ -141,18 +175,31 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     checker = commands.add_parser("check", help="say whether this machine is ready")
+    checker.set_defaults(run=check)
     checker.add_argument("--model", help="path or hub name of the model that will run")
     estimator = commands.add_parser("estimate", help="say what encoding should cost")
+    estimator.set_defaults(run=estimate)
     estimator.add_argument("--model", type=Path, required=True, help="a model's folder")
     estimator.add_argument("--layers", required=True, help="as in SCX_ENC_LAYERS")
     estimator.add_argument("--tensor-parallel-size", type=int, default=1)
     estimator.add_argument("--bus", type=float, default=23, help="GB/s in each direction")
     estimator.add_argument("--hop", type=float, default=9.3, help="us of an empty trip")
     estimator.add_argument("--flag", type=float, default=0.3, help="us of each chunk")
+    auditor = commands.add_parser("audit", help="measure what the accelerator can tell")
+    auditor.set_defaults(run=audit)
+    auditor.add_argument("--model", required=True, help="path or hub name of a model")
+    auditor.add_argument("--layers", default="0", help="as in SCX_ENC_LAYERS")
+    auditor.add_argument(
+        "--codec", help="as in SCX_CODEC; the engine's default without it"
+    )
+    auditor.add_argument("--prompts", type=Path, help="a file with one prompt a line")
+    auditor.add_argument("--adversary", choices=["A1", "A2", "A3", "all"], default="all")
+    auditor.add_argument("--out", type=Path, default=Path("audit"), help="folder")
+    auditor.add_argument("--budget", type=float, default=480.0, help="seconds a layer")
+    auditor.add_argument("--seed", type=int, default=0, help="of the controls")
+    auditor.add_argument("--dtype", default="auto", help="of the engine")
     options = parser.parse_args(arguments)
-    if options.command == "estimate":
-        return 0 if estimate(options) else 1
-    return 0 if check(options.model) else 1
+    return 0 if options.run(options) else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""Linking the two views of V: the same values cross twice."""
+
+import torch
+
+from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
+from scx.audit.matching import distances, nearest, sorted_heads
+from scx.audit.views import BorderStep, View
+
+
+def link(step: BorderStep) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sent row (T,) that each row of the batch is, and the clear feature (M, D)
+    that each encoded feature of V is.
+
+    A permutation of a head's features leaves its sorted values as they are. They
+    match the rows; with the rows in order, equal columns match the features.
+    """
+    sent, coded = step.values_sent(), step.v
+    order = nearest(sorted_heads(coded), sorted_heads(sent))
+    gaps = distances(coded.permute(1, 2, 0), sent[order].permute(1, 2, 0))
+    return order, gaps.argmin(-1)
+
+
+class Linking(Attack):
+    """The accelerator returns V with its rows shuffled, and is given it again with its
+    rows in order and its features encoded. Needs no weights and no text.
+
+    Source: measured in this project first; the step that aligns two shuffled copies
+    of an activation is that of the attack on shuffling defences, ACL 2026, long 1341.
+    """
+
+    name = "linking the two views of V"
+    adversary = "A2"
+    uses_weights = False
+
+    def run(self, knowledge: Knowledge, view: View, budget: Budget) -> Outcome:
+        claims: dict[str, list[Claim]] = {"rows, alone": [], "rows, in a batch": []}
+        longest, features = 0, torch.empty(0, dtype=torch.int64)
+        for index, step in enumerate(view.steps):
+            if len(step.rows) == 1:
+                continue
+            order, columns = link(step)
+            label = "rows, in a batch" if step.request is None else "rows, alone"
+            claims[label].append(Claim(About.ROW_ORDER, index, order))
+            if len(order) > longest:
+                longest, features = len(order), columns
+        return Outcome(claims | {"features": [Claim(About.COLUMNS, 0, features)]})

@@ -1,0 +1,64 @@
+"""Moments of other text: undo an affine map up to a rotation, compare what is left."""
+
+import torch
+
+from scx.audit.interface import Attack, Budget, Knowledge, Outcome, request_tokens
+from scx.audit.matching import nearest
+from scx.audit.public_model import LayerModel
+from scx.audit.views import View
+
+CHUNK = 512
+
+
+def public_values(model: LayerModel, ids: torch.Tensor) -> torch.Tensor:
+    """V in the clear of a text (T, M, D), read in pieces of 512 tokens."""
+    return torch.cat([model.trace(part).v for part in ids.split(CHUNK)])
+
+
+def whitened_norms(heads: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """The norm of each head of `heads` (T, M, D) in the metric of a sample (S, M, D).
+
+    An invertible affine map of both changes nothing: (T, M).
+    """
+    heads, sample = heads.double(), sample.double()
+    mean = sample.mean(0)
+    centred = (sample - mean).permute(1, 2, 0)
+    covariance = centred @ centred.mT / sample.shape[0]
+    inverse = torch.linalg.pinv(covariance, rtol=1e-6, hermitian=True)
+    offset = heads - mean
+    squares = torch.einsum("tmd,mde,tme->tm", offset, inverse, offset)
+    return squares.clamp_min(0).sqrt().float()
+
+
+class Moments(Attack):
+    """Whitens cached V with its own mean and covariance, and the dictionary of layer 0
+    with those of public text; then compares M norms a token.
+
+    The last line uses the mean and covariance of the very text, which it is given: what
+    the attack would do with perfect moments.
+
+    Source: measured in this project.
+    """
+
+    name = "moments, whitened head norms"
+    adversary = "A1"
+    scope = "layer 0"
+
+    def run(self, knowledge: Knowledge, view: View, budget: Budget) -> Outcome:
+        model = knowledge.model
+        cached = torch.cat([cache.v for cache in view.cache])
+        lengths = [len(cache.v) for cache in view.cache]
+        seen = whitened_norms(cached, cached)
+        text = torch.cat(
+            [knowledge.plaintext.prefix(r, n) for r, n in enumerate(lengths)]
+        )
+        table = model.value_table
+        samples = {
+            "of public text": public_values(model, knowledge.public_text),
+            "of the very text": table[text],
+        }
+        claims = {}
+        for label, sample in samples.items():
+            tokens = nearest(seen, whitened_norms(table, sample)).split(lengths)
+            claims[label] = request_tokens(tokens)
+        return Outcome(claims)

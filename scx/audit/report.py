@@ -1,0 +1,114 @@
+"""An audit's report: a table on the terminal, Markdown, JSON."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+WHO = {
+    "A1": "reads KV cache blocks",
+    "A2": "reads A1's and all that crosses for the encoded layers",
+    "A3": "reads all of the accelerator's memory",
+}
+NOTES = (
+    "All know the weights. An attack stands under the weakest adversary that can run it. "
+    "Chance is what blind guessing reaches. The controls are the same attack on random "
+    "tensors of that shape, and with other weights; a dash is one that cannot be had."
+)
+_COLUMNS = ("layer", "", "attack", "recovered", "of", "chance", "random", "wrong weights")
+
+
+def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A line of text cells for each finding, as `_COLUMNS` says."""
+    return [
+        (
+            str(finding["layer"]),
+            finding["adversary"],
+            _title(finding),
+            _percent(finding["share"]),
+            f"{finding['attacked']} {finding['about']}".strip(),
+            _percent(finding["floor"]) if finding["attacked"] else "",
+            *(
+                _percent(finding["controls"].get(control, {}).get("share"))
+                for control in ("random", "wrong weights")
+            ),
+        )
+        for finding in report["findings"]
+    ]
+
+
+def terminal(report: dict[str, Any]) -> str:
+    """The table in aligned columns."""
+    table = [_COLUMNS, *rows(report)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
+        for line in table
+    )
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The whole report for a reader, with what was cut and how it was made."""
+    versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items())
+    layers = ",".join(map(str, report["layers"]))
+    lines = [
+        f"# What leaks: {report['codec']} codec, layers {layers}",
+        "",
+        (
+            f"{report['model']} in {report['dtype']}, {len(report['prompts'])} prompts, "
+            f"{report['tokens']} tokens. {versions}; {report['threads']} threads on "
+            f"{report['machine']}; seed of the controls {report['seed']}; at most "
+            f"{report['budget_seconds_a_layer']:g} s of attacks a layer; "
+            f"{report['written']}."
+        ),
+        "",
+        *(f"- {name} {WHO[name]}." for name in report["adversaries"]),
+        "",
+        NOTES,
+        "",
+        _line(_COLUMNS),
+        _line("---" for _ in _COLUMNS),
+        *map(_line, rows(report)),
+    ]
+    cuts = [
+        f"- layer {finding['layer']}, {_title(finding)}: {finding['cut']}."
+        for finding in report["findings"]
+        if finding["cut"]
+    ]
+    if cuts:
+        lines += [
+            "",
+            "Left out by the budget, or not applicable:",
+            "",
+            *dict.fromkeys(cuts),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def write(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
+    """Write name.json and name.md, and name.png where matplotlib is installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{name}.json", folder / f"{name}.md"]
+    files[0].write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    files[1].write_text(markdown(report))
+    if find_spec("matplotlib") is None:
+        return files
+    from scx.audit.plot import draw
+
+    draw(report, folder / f"{name}.png")
+    return [*files, folder / f"{name}.png"]
+
+
+def _title(finding: dict[str, Any]) -> str:
+    label = finding["label"]
+    return f"{finding['attack']}: {label}" if label else finding["attack"]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def _line(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"
