@@ -93,6 +93,7 @@ def test_one_sample_has_no_error(tmp_path):
 
 def test_agreement_of_log_probabilities(pair):
     plain, encoded = pair
+    assert [sample.doc_id for sample in plain.samples] == [0, 1]
     assert report.agreement(encoded, plain) == report.Agreement(2, 1, None, 1.0)
     assert report.agreement(plain, plain) == report.Agreement(2, 2, None, 0.0)
 

@@ -14,6 +14,7 @@ from benchmark_acc import evaluation, report, run_eval
 from benchmark_acc.evaluation import ArmFailed, Plan, UsageError, run_arm
 from benchmark_acc.logs import FILE, LogError, Setting, read_arm
 from benchmark_acc.tasks import passages
+from scx import embedded
 from scx.embedded import embedded_model
 from tests import acc_logs
 from tests.engines import in_new_process
@@ -279,3 +280,9 @@ def test_a_real_run(tmp_path, capsys):
     assert texts == report.Agreement(3, 3, 3, None)
     assert report.main([str(folder)]) == 0
     assert "| 3 of 3 " in capsys.readouterr().out
+
+
+def test_the_embedded_models_name_themselves(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scx.embedded", "llama"])
+    embedded.main()
+    assert Path(capsys.readouterr().out.strip()) == embedded_model("llama")
