@@ -65,7 +65,7 @@ def make_plan(model: str, task: str, **chosen: Any) -> Plan:
         raise UsageError("lm-eval is not installed: pip install -e '.[eval]'") from None
     survey = harness.in_new_process(harness.survey, [])
     setting = Setting(
-        model=Path(model).name,
+        model=Path(model).resolve().name,
         versions=survey["versions"] | {"lm-eval": lm_eval},
         accelerator=survey["accelerator"],
         **chosen,
@@ -83,19 +83,20 @@ def encoded_layers(model: str) -> str:
     from transformers import AutoConfig
 
     try:
-        layers = AutoConfig.from_pretrained(model).num_hidden_layers
+        config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"MODEL_PATH={model!r}: no model's folder, and none from the hub ({reason}); "
             "python -m scx.embedded prints the folder of one that needs no hub"
         ) from error
+    layers = config.get_text_config().num_hidden_layers
     if not os.environ.get(ENC_LAYERS):
         os.environ[ENC_LAYERS] = f"0,{layers - 1}"
-    config = get_scx_config()
-    if config.enc_layers == "all":
+    chosen = get_scx_config()
+    if chosen.enc_layers == "all":
         return "all"
-    return ",".join(map(str, config.layers_of(layers)))
+    return ",".join(map(str, chosen.layers_of(layers)))
 
 
 def arm_name(layers: str, device: str) -> str:
@@ -110,6 +111,8 @@ def run_eval(task: str, out: Path) -> None:
 
     Raises UsageError or SCXError before an engine starts, or ArmFailed.
     """
+    if "/" in task:
+        raise UsageError(f"TASK {task!r}: a name without / is needed")
     arms = ARMS[variable("ARMS", "both", "|".join(ARMS), ", ".join(ARMS))]
     model = variable("MODEL_PATH", "", ".+", "a model's folder or hub name")
     chosen = {
@@ -141,7 +144,7 @@ def exit_status(run: Callable[[], None]) -> int:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         run()
-    except (UsageError, SCXError) as error:
+    except (UsageError, SCXError, OSError) as error:
         say(str(error))
         return 2
     except (ArmFailed, LogError) as error:
