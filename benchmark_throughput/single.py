@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmark_throughput.compare import Parser, natural, positive, read_num_hidden_layers
 from benchmark_throughput.harness import (
@@ -33,6 +33,9 @@ from benchmark_throughput.records import (
     Workload,
     parse_arm,
 )
+
+# As in scx.embedded, which imports torch.
+Architecture = Literal["qwen2", "llama"]
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
@@ -82,13 +85,13 @@ def arm_of(options: argparse.Namespace) -> Arm:
     return parse_arm(f"{options.scx_enc_layers}@{options.scx_secure_device}")
 
 
-def make_plan(options: argparse.Namespace, arm: Arm, embedded: str) -> Plan:
+def make_plan(options: argparse.Namespace, arm: Arm, embedded: Architecture) -> Plan:
     """All that can be known before an engine starts. Raises UsageError."""
     if options.model is None:
         # Here, because it imports torch.
         from scx.embedded import embedded_model
 
-        options.model = embedded_model(embedded)  # type: ignore[arg-type]
+        options.model = embedded_model(embedded)
         defaults = EMBEDDED
         print(f"no --model: {options.model.name}, embedded, with {EMBEDDED}", flush=True)
     else:
@@ -206,7 +209,7 @@ def summary(record: Record) -> list[str]:
     return lines
 
 
-def main(description: str, embedded: str, ranks: int = 1) -> int:
+def main(description: str, embedded: Architecture, ranks: int = 1) -> int:
     """Run one arm; the exit status is 0 where it finished."""
     cli = parser(description, ranks)
     options = cli.parse_args()
