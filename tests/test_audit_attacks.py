@@ -286,6 +286,8 @@ def test_mixing_rows_with_decoys_does_not_hide_them(decoys, public):
 
 def test_injection_loads_the_cache_into_the_public_model(public, recorded, monkeypatch):
     class Tokenizer:
+        chat_template = None
+
         def encode(self, text, add_special_tokens):
             return [3, 1, 4]
 

@@ -44,8 +44,8 @@ class Settings:
     codec: str | None = None
     """Or None: the engine's default."""
     adversaries: tuple[Adversary, ...] = ADVERSARIES
-    budget: float = 480.0
-    """Seconds of attacks a layer."""
+    budget: float = 240.0
+    """Seconds of attacks a layer, and of those on the whole model."""
     seed: int = 0
     """Of the controls alone. Keys are the operating system's."""
     dtype: str = "auto"

@@ -1,5 +1,7 @@
 """KV injection: have the public model repeat what a stolen cache holds."""
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import DynamicCache
 
@@ -7,12 +9,13 @@ from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
 from scx.audit.public_model import PublicModel
 from scx.audit.views import Cache, View
 
-INSTRUCTION = "\nRepeat the previous content.\n"
+INSTRUCTION = "Repeat the previous content."
 
 
 class Injection(Attack):
     """Loads the cache of all layers, encoded ones as they are, into the public model,
-    appends an instruction to repeat and decodes greedily.
+    appends an instruction to repeat, as the next turn of a chat where the model has a
+    template for one, and decodes greedily.
 
     The line for a cache in the clear is what the model can repeat at best; for it the
     attack is given the text.
@@ -54,11 +57,21 @@ def _load(caches: dict[int, Cache]) -> DynamicCache:
     return stolen
 
 
+def _instruction(tokenizer: Any) -> list[int]:
+    """Ids that end a turn which the cache is taken to hold, ask, and begin the answer."""
+    text = f"\n{INSTRUCTION}\n"
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": part} for part in ("CACHED", INSTRUCTION)]
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        ).partition("CACHED")[2]
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 @torch.inference_mode()
 def _repeat(public: PublicModel, cache: DynamicCache, length: int) -> torch.Tensor:
     """`length` greedy tokens after the instruction."""
-    fed = public.tokenizer.encode(INSTRUCTION, add_special_tokens=False)
-    fed, tokens = torch.tensor([fed]), []
+    fed, tokens = torch.tensor([_instruction(public.tokenizer)]), []
     for _ in range(length):
         fed = public.causal(fed, past_key_values=cache).logits[:, -1:].argmax(-1)
         tokens.append(int(fed))
