@@ -20,6 +20,7 @@ from scx.audit.capture import Capture, record
 from scx.audit.interface import Attack, Budget, Knowledge, Outcome, Plaintext
 from scx.audit.prompts import public_text
 from scx.audit.public_model import PublicModel
+from scx.audit.report import WHOLE_MODEL
 from scx.audit.scoring import Score, Truth, score
 from scx.audit.views import ADVERSARIES, Adversary, View, fresh_random, view_of
 
@@ -30,7 +31,6 @@ ATTACK_SHARE = 2 / 3
 """Of the time for an attack; its controls have the rest."""
 CONTROL_CANDIDATES = 128
 """A control has no nearer candidate to find, so it compares this many and no more."""
-WHOLE_MODEL = "all"
 
 
 @dataclass(frozen=True)
