@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from scx import engine
-from scx.errors import SCXError, SCXUnsupportedError
+from scx.errors import SCXUnsupportedError
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,9 @@ def record(
 ) -> Capture:
     """Run `prompts` (token ids) through an engine of this process and record it.
 
-    The variables of SCX must be set. `codec` is what was asked for, or None for
+    The variables of SCX must be set, and name a layer. `codec` is what was asked for, or None for
     the default. Each prompt runs alone, then all run in one batch; `new_tokens`
-    follow each. Raises SCXError where the engine encodes something else than was
-    asked, or nothing.
+    follow each. Raises SCXUnsupportedError where the engine encodes with another codec.
     """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -159,10 +158,8 @@ def record(
         max_model_len=max(map(len, prompts)) + new_tokens,
         **engine_args,
     )
-    record_of_engine = engine.record_of(llm.llm_engine.vllm_config)
-    if record_of_engine is None:
-        raise SCXError("the engine encodes no layer: name some with --layers")
-    layers, used = tuple(record_of_engine["layers"]), record_of_engine["codec"]
+    made: Any = engine.record_of(llm.llm_engine.vllm_config)
+    layers, used = tuple(made["layers"]), made["codec"]
     if codec is not None and codec != used:
         raise SCXUnsupportedError(f"--codec {codec!r}: this engine encodes with {used!r}")
     (recorder,) = llm.apply_model(lambda loaded: Recorder(loaded, layers))
