@@ -142,9 +142,10 @@ def record(
 ) -> Capture:
     """Run `prompts` (token ids) through an engine of this process and record it.
 
-    The variables of SCX must be set, and name a layer. `codec` is what was asked for, or None for
-    the default. Each prompt runs alone, then all run in one batch; `new_tokens`
-    follow each. Raises SCXUnsupportedError where the engine encodes with another codec.
+    The variables of SCX must be set, and name a layer. `codec` is what was asked
+    for, or None for the default. Each prompt runs alone, then all run in one batch;
+    `new_tokens` follow each. Raises SCXUnsupportedError where the engine encodes with
+    another codec.
     """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
