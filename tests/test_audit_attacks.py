@@ -21,6 +21,7 @@ from scx.audit.attacks import (
     FeaturesOfQueries,
     HeadNorms,
     Injection,
+    InjectionInTheClear,
     Inversion,
     KnownPrefix,
     LinkedInversion,
@@ -286,34 +287,35 @@ def test_mixing_rows_with_decoys_does_not_hide_them(decoys, public):
 
 def test_injection_loads_the_cache_into_the_public_model(public, recorded, monkeypatch):
     class Tokenizer:
+        chat_template = None
+
         def encode(self, text, add_special_tokens):
             return [3, 1, 4]
 
     monkeypatch.setitem(vars(public), "tokenizer", Tokenizer())
 
-    def repeated(codec):
+    def repeated(attack, codec):
         capture = recorded(codec)
         given = audit_world.knowledge(public, 0, capture, torch.arange(100))
-        return capture, Injection().run(given, view_of(capture, 0, "A1"), Budget(60))
+        outcome = attack.run(given, view_of(capture, 0, "A1"), Budget(60))
+        return {claim.index: claim.values for claim in outcome.claims[""]}
 
-    capture, plain = repeated("clear")
-    for claim in (*plain.claims[""], *plain.claims["a cache in the clear"]):
-        prompt = torch.cat([capture.ids(claim.index), torch.tensor([3, 1, 4])])
-        whole = public.causal.generate(
-            prompt[None],
-            attention_mask=torch.ones(1, len(prompt)),
-            max_new_tokens=len(claim.values),
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[0, len(prompt) :]
-        assert torch.equal(claim.values, whole)
-    _, encoded = repeated("permutation")
-    changed = [
-        not torch.equal(a.values, b.values)
-        for a, b in zip(encoded.claims[""], plain.claims[""], strict=True)
-    ]
-    assert all(changed)
+    for attack in (Injection(), InjectionInTheClear()):
+        plain = repeated(attack, "clear")
+        for request, tokens in plain.items():
+            ids = recorded("clear").ids(request)
+            prompt = torch.cat([ids, torch.tensor([3, 1, 4])])
+            whole = public.causal.generate(
+                prompt[None],
+                attention_mask=torch.ones(1, len(prompt)),
+                max_new_tokens=len(tokens),
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )[0, len(prompt) :]
+            assert torch.equal(tokens, whole)
+    encoded = repeated(Injection(), "permutation")
+    assert all(not torch.equal(encoded[r], tokens) for r, tokens in plain.items())
 
 
 def test_nothing_lies_in_the_clear_where_every_layer_is_encoded(public):

@@ -172,7 +172,7 @@ def test_the_command_writes_a_report(spoken, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--layers", ""), "the engine encodes no layer"),
+        (("--layers", ""), "name one at least"),
         (("--layers", "9"), "SCX_ENC_LAYERS"),
         (("--codec", "none"), "none"),
     ],

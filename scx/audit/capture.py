@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from scx import engine
-from scx.errors import SCXError, SCXUnsupportedError
+from scx.errors import SCXUnsupportedError
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,11 @@ class Capture:
 class Recorder:
     """Hooks on a loaded model; `steps` grows by one with each forward pass."""
 
-    def __init__(self, model: nn.Module, encoded: Sequence[int]) -> None:
+    def __init__(self, model: Any, encoded: Sequence[int]) -> None:
         self.steps: list[Step] = []
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        self.num_layers = len(model.model.layers)  # type: ignore[union-attr]
-        for index, layer in enumerate(model.model.layers):  # type: ignore[union-attr]
+        self.num_layers = len(model.model.layers)
+        for index, layer in enumerate(model.model.layers):
             self._watch(index, layer.self_attn, index in encoded)
 
     def take(self) -> list[Step]:
@@ -133,19 +134,22 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def record(
-    model: str, prompts: Sequence[list[int]], codec: str | None, **engine_args: Any
+    model: str,
+    prompts: Sequence[list[int]],
+    codec: str | None,
+    new_tokens: int,
+    **engine_args: Any,
 ) -> Capture:
     """Run `prompts` (token ids) through an engine of this process and record it.
 
-    The variables of SCX must be set. `codec` is what was asked for, or None for
-    the default. Each prompt runs alone, then all run in one batch; `new_tokens`
-    of `engine_args` says how many tokens follow each. Raises SCXError where the
-    engine encodes something else than was asked, or nothing.
+    The variables of SCX must be set, and name a layer. `codec` is what was asked
+    for, or None for the default. Each prompt runs alone, then all run in one batch;
+    `new_tokens` follow each. Raises SCXUnsupportedError where the engine encodes with
+    another codec.
     """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    new_tokens = engine_args.pop("new_tokens")
     llm = LLM(
         model=model,
         enforce_eager=True,
@@ -155,10 +159,8 @@ def record(
         max_model_len=max(map(len, prompts)) + new_tokens,
         **engine_args,
     )
-    record_of_engine = engine.record_of(llm.llm_engine.vllm_config)
-    if record_of_engine is None:
-        raise SCXError("the engine encodes no layer: name some with --layers")
-    layers, used = tuple(record_of_engine["layers"]), record_of_engine["codec"]
+    made: Any = engine.record_of(llm.llm_engine.vllm_config)
+    layers, used = tuple(made["layers"]), made["codec"]
     if codec is not None and codec != used:
         raise SCXUnsupportedError(f"--codec {codec!r}: this engine encodes with {used!r}")
     (recorder,) = llm.apply_model(lambda loaded: Recorder(loaded, layers))
@@ -171,7 +173,7 @@ def record(
         llm.generate(inputs, params, use_tqdm=False)
         return recorder.take()
 
-    alone = [run([prompt]) for prompt in prompts]
+    alone = [run([prompt]) for prompt in tqdm(prompts, desc="capture", unit="prompt")]
     together = run(prompts)
     recorder.remove()
     capture = Capture(layers, recorder.num_layers, used, alone, together)

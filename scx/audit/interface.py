@@ -96,7 +96,6 @@ class Budget:
     """Seconds for a run, and how many candidates it compares for a token at most."""
 
     def __init__(self, seconds: float, candidates: int | None = None) -> None:
-        self.seconds = seconds
         self.candidates = candidates
         self._end = time.monotonic() + seconds
 

@@ -42,11 +42,6 @@ def hidden_of(states: States) -> torch.Tensor:
     return states.hidden
 
 
-def values_of(states: States) -> torch.Tensor:
-    """V of all heads as it is: (B, M x D)."""
-    return states.v.flatten(1)
-
-
 def sorted_heads(*heads: torch.Tensor) -> torch.Tensor:
     """The sorted features of each head of (B, heads, D): (B, all features)."""
     return torch.cat([part.sort(-1).values.flatten(1) for part in heads], dim=1)

@@ -7,6 +7,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from scx.audit.report import WHOLE_MODEL
+
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Write the picture as PNG. Of an attack with several lines, the first is shown."""
@@ -27,14 +29,14 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def _panel(
     report: dict[str, Any], adversary: str
-) -> tuple[list[str], list[str], dict[tuple[str, str], float]]:
-    """Attacks, layers, and the share of each pair that was measured."""
-    shares: dict[tuple[str, str], float] = {}
+) -> tuple[list[str], list[str], dict[tuple[str, str], tuple[float, int]]]:
+    """Attacks, layers, and of each pair that was measured the share and of how many."""
+    shares: dict[tuple[str, str], tuple[float, int]] = {}
     for finding in report["findings"]:
         key = (finding["attack"], str(finding["layer"]))
-        if finding["adversary"] == adversary and finding["share"] is not None:
-            shares.setdefault(key, finding["share"])
-    layers = ["all", *map(str, report["layers"])]
+        if finding["adversary"] == adversary and finding["attacked"]:
+            shares.setdefault(key, (finding["share"], finding["attacked"]))
+    layers = [WHOLE_MODEL, *map(str, report["layers"])]
     return list(dict.fromkeys(attack for attack, _ in shares)), layers, shares
 
 
@@ -43,20 +45,22 @@ def _fill(
     adversary: str,
     attacks: list[str],
     layers: list[str],
-    shares: dict[tuple[str, str], float],
+    shares: dict[tuple[str, str], tuple[float, int]],
 ) -> None:
     colours = colormaps["Reds"]
     for y, attack in enumerate(attacks):
         for x, layer in enumerate(layers):
-            if (share := shares.get((attack, layer))) is None:
+            if (attack, layer) not in shares:
                 continue
+            share, attacked = shares[attack, layer]
             axis.fill_between(
                 [x - 0.5, x + 0.5], y - 0.5, y + 0.5, color=colours(0.7 * share)
             )
-            axis.text(x, y, f"{100 * share:.0f}%", ha="center", va="center", fontsize=8)
+            text = f"{100 * share:.0f}% of {attacked}"
+            axis.text(x, y, text, ha="center", va="center", fontsize=8)
     axis.set_xticks(
         range(len(layers)),
-        [name if name == "all" else f"layer {name}" for name in layers],
+        [f"{name} layers" if name == WHOLE_MODEL else f"layer {name}" for name in layers],
     )
     axis.set_yticks(range(len(attacks)), attacks)
     axis.set_xlim(-0.5, len(layers) - 0.5)

@@ -1,6 +1,7 @@
 """An audit's report: a table on the terminal, Markdown, JSON."""
 
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ NOTES = (
     "Chance is what blind guessing reaches. The controls are the same attack on random "
     "tensors of that shape, and with other weights; a dash is one that cannot be had."
 )
+WHOLE_MODEL = "all"
+"""In place of a layer, for attacks on all layers at once."""
 _COLUMNS = ("layer", "", "attack", "recovered", "of", "chance", "random", "wrong weights")
 
 
@@ -35,6 +38,31 @@ def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         )
         for finding in report["findings"]
     ]
+
+
+def summary(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """For each adversary and layer the attack that recovered the largest share of tokens.
+
+    An adversary can run the attacks of a weaker one. Of equal shares the one over more
+    tokens is named.
+    """
+    layers = [WHOLE_MODEL, *report["layers"]]
+    lines = [("", "all layers", *(f"layer {layer}" for layer in report["layers"]))]
+    for i, adversary in enumerate(report["adversaries"]):
+        cells = []
+        for layer in layers:
+            found = [
+                finding
+                for finding in report["findings"]
+                if finding["attacked"]
+                and finding["layer"] == layer
+                and finding["adversary"] in report["adversaries"][: i + 1]
+                and finding["about"].startswith("tokens")
+            ]
+            best = max(found, key=lambda f: (f["share"], f["attacked"]), default=None)
+            cells.append(f"{_percent(best['share'])}, {_title(best)}" if best else "-")
+        lines.append((adversary, *cells))
+    return lines
 
 
 def terminal(report: dict[str, Any]) -> str:
@@ -68,9 +96,13 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         NOTES,
         "",
-        _line(_COLUMNS),
-        _line("---" for _ in _COLUMNS),
-        *map(_line, rows(report)),
+        "## The most that was recovered",
+        "",
+        *_table(summary(report)),
+        "",
+        "## All attacks",
+        "",
+        *_table([_COLUMNS, *rows(report)]),
     ]
     cuts = [
         f"- layer {finding['layer']}, {_title(finding)}: {finding['cut']}."
@@ -110,5 +142,7 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}%"
 
 
-def _line(cells: Any) -> str:
-    return f"| {' | '.join(cells)} |"
+def _table(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown, the first line its head."""
+    rule = ["---"] * len(lines[0])
+    return [f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:])]

@@ -20,8 +20,10 @@ from scx.audit.capture import Capture, record
 from scx.audit.interface import Attack, Budget, Knowledge, Outcome, Plaintext
 from scx.audit.prompts import public_text
 from scx.audit.public_model import PublicModel
+from scx.audit.report import WHOLE_MODEL
 from scx.audit.scoring import Score, Truth, score
 from scx.audit.views import ADVERSARIES, Adversary, View, fresh_random, view_of
+from scx.errors import SCXConfigError
 
 NEW_TOKENS = 4
 """Tokens that each request generates: the steps of one row."""
@@ -30,7 +32,6 @@ ATTACK_SHARE = 2 / 3
 """Of the time for an attack; its controls have the rest."""
 CONTROL_CANDIDATES = 128
 """A control has no nearer candidate to find, so it compares this many and no more."""
-WHOLE_MODEL = "all"
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Settings:
     codec: str | None = None
     """Or None: the engine's default."""
     adversaries: tuple[Adversary, ...] = ADVERSARIES
-    budget: float = 480.0
-    """Seconds of attacks a layer."""
+    budget: float = 240.0
+    """Seconds of attacks a layer, and of those on the whole model."""
     seed: int = 0
     """Of the controls alone. Keys are the operating system's."""
     dtype: str = "auto"
@@ -54,6 +55,8 @@ class Settings:
 def audit(settings: Settings) -> dict[str, Any]:
     """Run the audit in this process and return the report, ready for JSON."""
     keys.scx_env_init(settings.layers)
+    if not keys.get_scx_config().enabled:
+        raise SCXConfigError(f"--layers {settings.layers!r}: name one at least, or all")
     start = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     capture = record(

@@ -120,15 +120,24 @@ def _step_bag(claim: Claim, truth: Truth) -> _Part:
 
 
 def _text(claim: Claim, truth: Truth) -> _Part:
-    ids = truth.requests[claim.index].tolist()
+    """The floor is what the claim has in common with the other requests."""
+    ids = truth.requests[claim.index]
+    others = [t for r, t in enumerate(truth.requests) if r != claim.index]
+    shares = [_in_common(claim.values, other) / len(other) for other in others]
+    floor = sum(shares) / max(len(shares), 1)
+    return _in_common(claim.values, ids), len(ids), floor, len(ids)
+
+
+def _in_common(values: torch.Tensor, ids: torch.Tensor) -> int:
+    """The length of the longest common subsequence."""
     lengths = [0] * (len(ids) + 1)
-    for value in claim.values.tolist():
+    for value in values.tolist():
         diagonal = 0
-        for i, token in enumerate(ids):
+        for i, token in enumerate(ids.tolist()):
             above = lengths[i + 1]
             lengths[i + 1] = diagonal + 1 if token == value else max(above, lengths[i])
             diagonal = above
-    return lengths[-1], len(ids), _most_common(truth.requests), len(ids)
+    return lengths[-1]
 
 
 def _row_order(claim: Claim, truth: Truth) -> _Part:

@@ -4,7 +4,7 @@ from scx.audit.attacks.batch_of_one import BatchOfOne
 from scx.audit.attacks.collision import Collision
 from scx.audit.attacks.dictionary import HeadNorms, SortedValues
 from scx.audit.attacks.equality import Equality
-from scx.audit.attacks.injection import Injection
+from scx.audit.attacks.injection import Injection, InjectionInTheClear
 from scx.audit.attacks.inversion import Inversion, LinkedInversion
 from scx.audit.attacks.known_plaintext import KnownPrefix, Neighbour
 from scx.audit.attacks.linking import Linking
@@ -36,6 +36,7 @@ ATTACKS: tuple[Attack, ...] = (
     Collision(),
     ClearCache(),
     Injection(),
+    InjectionInTheClear(),
     Linking(),
     LinkedInversion(),
     Subspace(),

@@ -12,21 +12,22 @@ from scx.audit.views import View
 def solve(clear: torch.Tensor, coded: torch.Tensor) -> torch.Tensor:
     """The affine map (M, D + 1, D) that takes V in the clear to V encoded (T, M, D).
 
-    Least squares of minimum norm for each head, the last row its constant; float64,
-    since few known tokens make it singular.
+    For each head least squares of minimum norm about the mean of the known rows, the
+    last row of the map its constant: with a constant inside the norm, a codec with a
+    large offset would be harder to solve, and no safer. Float64, since few known
+    tokens make it singular.
     """
-    known, seen = _with_one(clear.double()), coded.double()
-    heads = zip(known.unbind(1), seen.unbind(1), strict=True)
-    return torch.stack([torch.linalg.pinv(a, rtol=1e-6) @ b for a, b in heads]).float()
+    known, seen = clear.double(), coded.double()
+    middle, image = (part.sum(0) / max(len(part), 1) for part in (known, seen))
+    inverse = torch.linalg.pinv((known - middle).transpose(0, 1), rtol=1e-6)
+    maps = inverse @ (seen - image).transpose(0, 1)
+    constant = image - torch.einsum("md,mde->me", middle, maps)
+    return torch.cat([maps, constant[:, None]], dim=1).float()
 
 
 def encode(maps: torch.Tensor, clear: torch.Tensor) -> torch.Tensor:
     """V as `solve`'s map encodes it: (T, M, D) from (T, M, D)."""
-    return torch.einsum("tmd,mde->tme", _with_one(clear), maps)
-
-
-def _with_one(heads: torch.Tensor) -> torch.Tensor:
-    return torch.cat([heads, heads.new_ones(*heads.shape[:2], 1)], dim=-1)
+    return torch.einsum("tmd,mde->tme", clear, maps[:, :-1]) + maps[:, -1]
 
 
 def mapped_reading(maps: torch.Tensor, v: torch.Tensor) -> Reading:

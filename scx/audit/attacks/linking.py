@@ -33,8 +33,10 @@ class Linking(Attack):
     uses_weights = False
 
     def run(self, knowledge: Knowledge, view: View, budget: Budget) -> Outcome:
-        claims: dict[str, list[Claim]] = {"rows, alone": [], "rows, in a batch": []}
-        longest, features = 0, torch.empty(0, dtype=torch.int64)
+        claims: dict[str, list[Claim]] = {
+            label: [] for label in ("rows, alone", "rows, in a batch", "features")
+        }
+        longest = 0
         for index, step in enumerate(view.steps):
             if len(step.rows) == 1:
                 continue
@@ -42,5 +44,6 @@ class Linking(Attack):
             label = "rows, in a batch" if step.request is None else "rows, alone"
             claims[label].append(Claim(About.ROW_ORDER, index, order))
             if len(order) > longest:
-                longest, features = len(order), columns
-        return Outcome(claims | {"features": [Claim(About.COLUMNS, 0, features)]})
+                longest = len(order)
+                claims["features"] = [Claim(About.COLUMNS, index, columns)]
+        return Outcome(claims)

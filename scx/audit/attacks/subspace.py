@@ -6,8 +6,10 @@ from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
 from scx.audit.public_model import LayerModel
 from scx.audit.views import View
 
-RESIDUAL = 0.05
-"""Share of a row's norm outside of the row space below which it counts as a member."""
+RESIDUAL = 0.03
+"""Share of a row's norm outside of the row space below which it counts as a member. In
+SmolLM2-135M members stay below 0.003 in bfloat16, and others, that were hardly trained
+and are nearly parallel, come down to 0.045."""
 
 
 def members(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
