@@ -3,14 +3,17 @@
     python -m benchmark_acc.embedded [--out benchmark_acc/results]
 
 Llama and Qwen2, float32 and bfloat16, plain and with three choices of encoded layers.
+Arms of the same setting that are there already stay as they are.
 """
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
 from benchmark_acc.evaluation import run_arm
+from benchmark_acc.logs import FILE, read_arm
 from benchmark_acc.run_eval import arm_name, exit_status, make_plan, say
 from scx.embedded import Architecture, embedded_model
 
@@ -33,7 +36,9 @@ def evaluate_all(out: Path) -> None:
             for layers in LAYERS:
                 name = arm_name(layers, plan.secure_device)
                 folder = out / dtype / TASK / plan.setting.model / name
-                run_arm(plan, layers, folder)
+                file = folder / FILE
+                if not file.exists() or read_arm(file).setting != asdict(plan.setting):
+                    run_arm(plan, layers, folder)
                 say(f"{dtype}, {architecture}: arm {name} is in {folder}")
 
 

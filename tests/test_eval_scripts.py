@@ -6,10 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmark_acc import embedded as embedded_results
 from benchmark_acc import evaluation, report, run_eval
 from benchmark_acc.evaluation import ArmFailed, Plan, UsageError, run_arm
 from benchmark_acc.logs import FILE, LogError, Setting, read_arm
@@ -286,3 +288,29 @@ def test_the_embedded_models_name_themselves(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scx.embedded", "llama"])
     embedded.main()
     assert Path(capsys.readouterr().out.strip()) == embedded_model("llama")
+
+
+def test_the_results_are_whole_and_made_by_this_command(monkeypatch, tmp_path):
+    """Every arm that the command makes is there, and none is made again."""
+    results = ROOT / "benchmark_acc" / "results"
+    setting = read_arm(next(results.rglob(FILE))).setting
+
+    def plan(model, task, **chosen):
+        known = {"versions": setting["versions"], "accelerator": setting["accelerator"]}
+        return replace(PLAN, setting=Setting(model=Path(model).name, **known, **chosen))
+
+    made = []
+    monkeypatch.setattr(embedded_results, "make_plan", plan)
+    monkeypatch.setattr(embedded_results, "run_arm", lambda *args: made.append(args))
+    embedded_results.evaluate_all(results)
+    assert made == []
+    embedded_results.evaluate_all(tmp_path)
+    there = {path.parent.relative_to(results) for path in results.rglob(FILE)}
+    assert there == {folder.relative_to(tmp_path) for _, _, folder in made}
+    # The table of the README is what the report says of them.
+    rows = report.report(report.find_arms([results])).splitlines()
+    readme = (ROOT / "README.md").read_text()
+    for row in (row for row in rows if row.startswith("| smollm2")):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        cells[0] = cells[0].removeprefix("smollm2-135m-")
+        assert f"| {' | '.join(cells)} |" in readme
