@@ -17,15 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_acc.logs import Arm, Setting, read_lm_eval, write_arm
+from benchmark_throughput.records import UsageError
 from scx.errors import SCXError
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 PATIENCE = 30
 """Seconds that the processes of an arm have to end when they are told to."""
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the text is one line that says why."""
 
 
 class ArmFailed(Exception):

@@ -13,11 +13,10 @@ an arm to a file of records; the tables and plots are made from such files.
 import argparse
 import contextlib
 import importlib.util
-import json
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from benchmark_throughput.comparison import CURVES, report
 from benchmark_throughput.harness import (
@@ -25,15 +24,21 @@ from benchmark_throughput.harness import (
     Plan,
     ResidentArm,
     Run,
-    in_new_process,
     make_record,
-    survey,
+)
+from benchmark_throughput.options import (
+    Parser,
+    add_engine_options,
+    distinct,
+    make_setting,
+    natural,
+    positive,
+    read_num_hidden_layers,
 )
 from benchmark_throughput.records import (
     NATIVE,
     WORKLOADS,
     Arm,
-    Setting,
     UsageError,
     Workload,
     append_record,
@@ -44,13 +49,6 @@ from benchmark_throughput.records import (
 
 RESULTS = Path(__file__).parent / "results"
 SPARE_TOKENS = 8
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parser() -> Parser:
@@ -101,7 +99,7 @@ def parser() -> Parser:
         "--in-process", action="store_true", help="no process of its own for the engine"
     )
     engine = parser.add_argument_group("given to vLLM")
-    engine.add_argument("--dtype", default="bfloat16", help="(default: bfloat16)")
+    add_engine_options(engine)
     engine.add_argument(
         "--max-model-len",
         type=positive,
@@ -120,66 +118,21 @@ def parser() -> Parser:
         help="for each engine, on each GPU or CPU: all arms share the memory, and what "
         "is left for the cache is not measured",
     )
-    engine.add_argument("--load-format", help="dummy, for example: random weights")
-    engine.add_argument("--enforce-eager", action="store_true")
-    engine.add_argument("--attention-backend")
     engine.add_argument("--max-num-batched-tokens", type=positive)
     engine.add_argument("--seed", type=natural, default=0, help="of prompts too")
     return parser
 
 
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """A whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
-def distinct(kind: str, items: list[Any]) -> list[Any]:
-    """The same items. Raises UsageError where two have one name."""
-    names = [item.name for item in items]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise UsageError(f"{kind} {repeated[0]!r} is given more than once")
-    return items
-
-
-def engine_args(options: argparse.Namespace, workloads: list[Workload]) -> dict[str, Any]:
-    """The arguments of vllm.LLM, model aside; vLLM's defaults where none is given."""
+def fit_max_model_len(options: argparse.Namespace, workloads: list[Workload]) -> None:
+    """Set --max-model-len where it is not given. Raises UsageError where it is short."""
     needed = max(each.input_tokens + each.output_tokens for each in workloads)
-    if options.max_model_len is not None and options.max_model_len < needed:
+    if options.max_model_len is None:
+        options.max_model_len = needed + SPARE_TOKENS
+    elif options.max_model_len < needed:
         raise UsageError(
             f"--max-model-len {options.max_model_len} is less than the {needed} tokens "
             "that the workloads need"
         )
-    arguments = {
-        "dtype": options.dtype,
-        "max_model_len": options.max_model_len or needed + SPARE_TOKENS,
-        "tensor_parallel_size": options.tensor_parallel_size,
-        "enforce_eager": options.enforce_eager,
-        "seed": options.seed,
-        # Prompts are token ids and so is what is read of the outputs.
-        "skip_tokenizer_init": True,
-        # A repeated run must not be cheaper than the first.
-        "enable_prefix_caching": False,
-        # Without statistics, requests carry no times.
-        "disable_log_stats": False,
-    }
-    optional = (
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "load_format",
-        "attention_backend",
-        "max_num_batched_tokens",
-    )
-    given = {name: getattr(options, name) for name in optional}
-    return arguments | {name: value for name, value in given.items() if value is not None}
 
 
 def make_plan(
@@ -192,27 +145,9 @@ def make_plan(
     out = options.out or RESULTS / f"{model.name}-{started}.jsonl"
     if out.exists():
         read_records(out)
-    arguments = engine_args(options, workloads)
-    setting = Setting(
-        model=model.name,
-        num_hidden_layers=num_hidden_layers,
-        engine_args=arguments,
-        in_process=options.in_process,
-        warmups=options.warmups,
-        seed=options.seed,
-        **in_new_process(survey, arms),
-    )
+    fit_max_model_len(options, workloads)
+    setting = make_setting(options, arms, num_hidden_layers, options.in_process)
     return Plan(model, workloads, options.repeats, setting, started, out)
-
-
-def read_num_hidden_layers(model: Path) -> int:
-    """From a model's config.json. Raises UsageError."""
-    try:
-        return json.loads((model / "config.json").read_text())["num_hidden_layers"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"--model {model}: no folder with a config.json that has num_hidden_layers"
-        ) from error
 
 
 def benchmark(options: argparse.Namespace) -> int:

@@ -23,16 +23,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmark_throughput.compare import (
-    RESULTS,
-    Parser,
-    distinct,
-    natural,
-    positive,
-    say,
-)
+from benchmark_throughput.compare import RESULTS, say
 from benchmark_throughput.comparison import as_markdown
 from benchmark_throughput.harness import in_new_process, survey
+from benchmark_throughput.options import Parser, distinct, natural, positive
 from benchmark_throughput.records import NATIVE, Arm, UsageError, parse_arm
 
 START_SECONDS = 900

@@ -8,34 +8,40 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from benchmark_throughput.compare import Parser, natural, positive, read_num_hidden_layers
 from benchmark_throughput.harness import (
     Plan,
     Run,
     built_engine,
-    in_new_process,
     make_record,
     random_prompts,
-    survey,
     timed_run,
+)
+from benchmark_throughput.options import (
+    Parser,
+    add_engine_options,
+    make_setting,
+    natural,
+    positive,
+    read_num_hidden_layers,
 )
 from benchmark_throughput.records import (
     NATIVE,
     Arm,
     Record,
-    Setting,
     UsageError,
     Workload,
     parse_arm,
 )
 
-# As in scx.embedded, which imports torch.
-Architecture = Literal["qwen2", "llama"]
+if TYPE_CHECKING:
+    # It imports torch.
+    from scx.embedded import Architecture
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
@@ -67,14 +73,11 @@ def parser(description: str, ranks: int) -> Parser:
     parser.add_argument("--warmups", type=natural, default=1, help="(default: 1)")
     parser.add_argument("--seed", type=natural, default=0)
     engine = parser.add_argument_group("given to vLLM")
+    add_engine_options(engine)
     engine.add_argument(
         "--tensor-parallel-size", type=positive, default=ranks, help=f"(default: {ranks})"
     )
-    engine.add_argument("--dtype", default="bfloat16", help="(default: bfloat16)")
     engine.add_argument("--gpu-memory-utilization", type=float, default=0.92)
-    engine.add_argument("--load-format", help="dummy, for example: random weights")
-    engine.add_argument("--attention-backend")
-    engine.add_argument("--enforce-eager", action="store_true")
     return parser
 
 
@@ -85,7 +88,7 @@ def arm_of(options: argparse.Namespace) -> Arm:
     return parse_arm(f"{options.scx_enc_layers}@{options.scx_secure_device}")
 
 
-def make_plan(options: argparse.Namespace, arm: Arm, embedded: Architecture) -> Plan:
+def make_plan(options: argparse.Namespace, arm: Arm, embedded: "Architecture") -> Plan:
     """All that can be known before an engine starts. Raises UsageError."""
     if options.model is None:
         # Here, because it imports torch.
@@ -105,56 +108,44 @@ def make_plan(options: argparse.Namespace, arm: Arm, embedded: Architecture) -> 
             f"--max-model-len {options.max_model_len} is less than --input-len "
             f"{options.input_len} and --output-len {options.output_len}"
         )
-    model = options.model.resolve()
-    optional = ("load_format", "attention_backend")
-    arguments = {
-        "dtype": options.dtype,
-        "max_model_len": options.max_model_len,
-        "tensor_parallel_size": options.tensor_parallel_size,
-        "gpu_memory_utilization": options.gpu_memory_utilization,
-        "enforce_eager": options.enforce_eager,
-        "seed": options.seed,
-        "skip_tokenizer_init": True,
-        "enable_prefix_caching": False,
-        "disable_log_stats": False,
-    } | {name: getattr(options, name) for name in optional if getattr(options, name)}
-    setting = Setting(
-        model=model.name,
-        num_hidden_layers=read_num_hidden_layers(model),
-        engine_args=arguments,
-        in_process=False,
-        warmups=options.warmups,
-        seed=options.seed,
-        **in_new_process(survey, [arm]),
-    )
+    num_hidden_layers = read_num_hidden_layers(options.model.resolve())
+    setting = make_setting(options, [arm], num_hidden_layers, in_process=False)
     workload = Workload(
         "generate", options.num_prompts, options.input_len, options.output_len
     )
     now = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
-    return Plan(model, [workload], options.repeat, setting, now, Path())
+    return Plan(options.model.resolve(), [workload], options.repeat, setting, now, Path())
 
 
-def prompts_of(plan: Plan, number: int, vocabulary: int) -> tuple[list[Any], str]:
-    """The prompts of one run, and where they come from.
+def prompt_maker(plan: Plan, vocabulary: int) -> tuple[Callable[[int], list[Any]], str]:
+    """What makes the prompts of a run from its number, and where they come from.
 
     Of a model with a tokenizer, from data/; else random token ids.
     """
     (workload,) = plan.workloads
     if not (plan.model / "tokenizer_config.json").is_file():
-        prompts = random_prompts(workload, vocabulary, plan.setting.seed, number)
-        return prompts, "random token ids, as the model has no tokenizer"
+        return (
+            lambda number: random_prompts(
+                workload, vocabulary, plan.setting.seed, number
+            ),
+            "random token ids, as the model has no tokenizer",
+        )
     from transformers import AutoTokenizer
 
     from data.prompts import load_prompt
 
     tokenizer = AutoTokenizer.from_pretrained(plan.model)
     path = DATA / "prompt_32k.txt"
-    first = 1 + number * workload.prompts
-    texts = [
-        load_prompt(path, tokenizer, workload.input_tokens, first + index)
-        for index in range(workload.prompts)
-    ]
-    return [{"prompt_token_ids": tokenizer.encode(text)} for text in texts], path.name
+
+    def prompts(number: int) -> list[Any]:
+        first = 1 + number * workload.prompts
+        texts = [
+            load_prompt(path, tokenizer, workload.input_tokens, first + index)
+            for index in range(workload.prompts)
+        ]
+        return [{"prompt_token_ids": tokenizer.encode(text)} for text in texts]
+
+    return prompts, path.name
 
 
 def run(plan: Plan, arm: Arm) -> Record:
@@ -163,12 +154,11 @@ def run(plan: Plan, arm: Arm) -> Record:
     with built_engine(arm, plan) as (llm, build_seconds):
         say(f"engine built in {build_seconds:.1f} s")
         vocabulary = llm.llm_engine.model_config.get_vocab_size()
+        prompts, source = prompt_maker(plan, vocabulary)
+        say(f"prompts: {workload.prompts} of {source}")
         runs: list[Run] = []
         for number in range(plan.setting.warmups + plan.repeats):
-            prompts, source = prompts_of(plan, number, vocabulary)
-            if number == 0:
-                say(f"prompts: {workload.prompts} of {source}")
-            done = timed_run(llm, arm, workload, prompts)
+            done = timed_run(llm, arm, workload, prompts(number))
             warm = number >= plan.setting.warmups
             rate = workload.counted_tokens / done.seconds
             say(
@@ -209,7 +199,7 @@ def summary(record: Record) -> list[str]:
     return lines
 
 
-def main(description: str, embedded: Architecture, ranks: int = 1) -> int:
+def main(description: str, embedded: "Architecture", ranks: int = 1) -> int:
     """Run one arm; the exit status is 0 where it finished."""
     cli = parser(description, ranks)
     options = cli.parse_args()

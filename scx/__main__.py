@@ -16,6 +16,7 @@ from pathlib import Path
 
 from scx import __version__, keys
 from scx.errors import SCXError
+from scx.estimate import H100, Machine, Shape, table
 
 
 def check(options: argparse.Namespace) -> bool:
@@ -116,11 +117,7 @@ def _model(model: str) -> str:
 
 def estimate(options: argparse.Namespace) -> bool:
     """Print what encoding should cost; whether what was asked for made sense."""
-    from scx.estimate import Machine, Shape, table
-
-    machine = Machine(
-        options.hop * 1e-6, options.flag * 1e-6, bus_bytes_per_second=options.bus * 1e9
-    )
+    machine = Machine(options.hop, options.flag, options.bus)
     try:
         shape = Shape.read(options.model, options.tensor_parallel_size)
         config = keys.parse_config({keys.ENC_LAYERS: options.layers})
@@ -133,13 +130,23 @@ def estimate(options: argparse.Namespace) -> bool:
     return True
 
 
+def gigabytes(text: str) -> float:
+    """In bytes."""
+    return float(text) * 1e9
+
+
+def microseconds(text: str) -> float:
+    """In seconds."""
+    return float(text) * 1e-6
+
+
 def audit(options: argparse.Namespace) -> bool:
     """Attack an engine of this process, print the report and write it to a folder."""
     # One process, so that the recorder can stand beside the model.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if options.codec is not None:
-        os.environ["SCX_CODEC"] = options.codec
+        os.environ[keys.CODEC] = options.codec
     from scx.audit import report, runner, views
     from scx.audit.prompts import read_prompts
 
@@ -182,9 +189,12 @@ def main(arguments: list[str] | None = None) -> int:
     estimator.add_argument("--model", type=Path, required=True, help="a model's folder")
     estimator.add_argument("--layers", required=True, help="as in SCX_ENC_LAYERS")
     estimator.add_argument("--tensor-parallel-size", type=int, default=1)
-    estimator.add_argument("--bus", type=float, default=23, help="GB/s in each direction")
-    estimator.add_argument("--hop", type=float, default=9.3, help="us of an empty trip")
-    estimator.add_argument("--flag", type=float, default=0.3, help="us of each chunk")
+    for option, unit, value, text in (
+        ("--bus", gigabytes, H100.bus_bytes_per_second, "GB/s in each direction"),
+        ("--hop", microseconds, H100.hop_seconds, "us of an empty trip"),
+        ("--flag", microseconds, H100.flag_seconds, "us of each chunk"),
+    ):
+        estimator.add_argument(option, type=unit, default=value, help=text)
     auditor = commands.add_parser("audit", help="measure what the accelerator can tell")
     auditor.set_defaults(run=audit)
     auditor.add_argument("--model", required=True, help="path or hub name of a model")

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import library, nn
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
@@ -25,8 +25,8 @@ OP_NAME = "scx::encoded_attention"
 # Under vLLM's root logger, so that its handlers and levels apply.
 logger = init_logger("vllm.scx")
 
-_library = torch.library.Library("scx", "FRAGMENT")
-_library.define(
+_operators = library.Library("scx", "FRAGMENT")
+_operators.define(
     "encoded_attention(Tensor positions, Tensor hidden_states, Tensor(a!) output, "
     "str layer_name) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,),
@@ -43,8 +43,13 @@ def _encoded_attention(
     layer.forward_encoded(positions, hidden_states, output)
 
 
-_library.impl("encoded_attention", _encoded_attention, "CompositeExplicitAutograd")
-_library.impl("encoded_attention", lambda *_: None, "Meta")
+_operators.impl("encoded_attention", _encoded_attention, "CompositeExplicitAutograd")
+_operators.impl("encoded_attention", lambda *_: None, "Meta")
+
+
+def _is_captured(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured; the log's counters cannot be read then."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class SCXAttention(nn.Module):
@@ -95,9 +100,7 @@ class SCXAttention(nn.Module):
         qkv, _ = self.qkv_proj(rows)
         q, k, v = self.secure.encode_features(qkv, positions)
         self.secure.decode_features(self.attn(q, k, v), output)
-        # The log's counters cannot be read while a graph is captured.
-        captured = hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()
-        if self.debug and not captured:
+        if self.debug and not _is_captured(hidden_states):
             self._log_step(hidden_states, time.perf_counter() - start)
 
     def _log_step(self, hidden_states: torch.Tensor, seconds: float) -> None:

@@ -69,7 +69,7 @@ def test_layers(text, layers, monkeypatch):
 
 @given(st.sets(st.integers(0, 999), min_size=1))
 def test_layers_of_any_set_round_trip(layers):
-    config = keys._parse({"SCX_ENC_LAYERS": ",".join(map(str, layers))})
+    config = keys.parse_config({"SCX_ENC_LAYERS": ",".join(map(str, layers))})
     assert config.enc_layers == config.layers_of(1000) == tuple(sorted(layers))
 
 
@@ -77,7 +77,7 @@ def test_layers_of_any_set_round_trip(layers):
 def test_any_text_is_layers_or_one_clear_line(text):
     message = None
     try:
-        layers = keys._parse({"SCX_ENC_LAYERS": text}).enc_layers
+        layers = keys.parse_config({"SCX_ENC_LAYERS": text}).enc_layers
     except SCXConfigError as error:
         message = str(error)
     if message is not None:

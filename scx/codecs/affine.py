@@ -7,7 +7,8 @@ softmax does not see; and the weights sum to one, so the output is (o + b) B, wh
 B^-1 and b undo. Attention and its cache are the stock ones.
 
 Unlike a permutation it mixes features, so their values do not survive. Any fixed
-linear map still falls to a handful of known tokens: docs/audit has the figures.
+linear map still falls to a handful of known tokens, which `python -m scx audit
+--codec affine` measures.
 """
 
 import math
@@ -75,6 +76,8 @@ class AffineCodec(FeatureCodec):
         return cls(key_maps, value_maps, OFFSET * torch.stack(offsets))
 
     def to(self, device: torch.device) -> Self:
+        if device == self._key_maps.device:
+            return self
         parts = (self._key_maps, self._value_maps, self._offsets)
         return type(self)(*(part.to(device) for part in parts))
 

@@ -62,7 +62,7 @@ class HostKernels(NamedTuple):
 def host_kernels(dtype: torch.dtype) -> HostKernels:
     """Compile the kernels for bfloat16, float16 or float32, in a few seconds."""
     return HostKernels(
-        encode_rows=_encode_rows(_element(dtype)),
+        encode_rows=_encode_rows(element_of(dtype)),
         encode_features=_encode_features(dtype),
         decode_features=_decode_features(dtype),
         draw_permutation=_draw_permutation(),
@@ -133,7 +133,7 @@ def _encode_rows(element: str) -> Callable:
 
 @functools.cache
 def _decode_features(dtype: torch.dtype) -> Callable:
-    element = _element(dtype)
+    element = element_of(dtype)
     permute_heads = _permute_heads(dtype)
 
     @_kernel(f"void({element}[:, ::1], {element}[:, ::1], uint16[:, ::1], intp, intp)")
@@ -148,7 +148,8 @@ def _decode_features(dtype: torch.dtype) -> Callable:
     return decode_features
 
 
-def _element(dtype: torch.dtype) -> str:
+def element_of(dtype: torch.dtype) -> str:
+    """numba's name of an element."""
     return "float32" if dtype == torch.float32 else "uint16"
 
 
@@ -266,7 +267,7 @@ def _turn_heads(dtype: torch.dtype) -> Callable:
 
 @functools.cache
 def _encode_features(dtype: torch.dtype) -> Callable:
-    element = _element(dtype)
+    element = element_of(dtype)
     permute_heads, turn_heads = _permute_heads(dtype), _turn_heads(dtype)
 
     @_kernel(

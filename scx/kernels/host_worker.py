@@ -29,7 +29,7 @@ from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import intrinsic
 
-from scx.kernels.host import host_kernels
+from scx.kernels.host import element_of, host_kernels
 from scx.kernels.protocol import (
     CHUNK_BITS,
     FLAG_BYTES,
@@ -125,7 +125,7 @@ def worker_loop(dtype: torch.dtype) -> Callable:
     decode_features, fill_random = kernels.decode_features, kernels.fill_random
     draw_permutation = kernels.draw_permutation
     usleep = _libc_usleep()
-    element = "float32" if dtype == torch.float32 else "uint16"
+    element = element_of(dtype)
 
     @numba.njit(nogil=True, error_model="numpy")
     def wait_for(address, value):

@@ -31,7 +31,11 @@ class LowestClearLayer(VocabularyMatching):
         if view.lowest_clear is None:
             return Outcome({}, "every layer is encoded")
         model = knowledge.public.layer(view.lowest_clear)
-        return self.match(model, self.readings(view), budget)
+        return self.match(model, self.readings_of(view, view.lowest_clear), budget)
+
+    def readings_of(self, view: View, layer: int) -> list[tuple[int, Reading]]:
+        """As `readings`, of a layer in the clear."""
+        raise NotImplementedError
 
 
 class ClearCache(LowestClearLayer):
@@ -40,10 +44,8 @@ class ClearCache(LowestClearLayer):
     name = "cached K, V of a layer in the clear"
     adversary = "A1"
 
-    def readings(self, view: View) -> list[tuple[int, Reading]]:
-        if view.lowest_clear is None:
-            return []
-        caches = [layers[view.lowest_clear] for layers in view.caches]
+    def readings_of(self, view: View, layer: int) -> list[tuple[int, Reading]]:
+        caches = [layers[layer] for layers in view.caches]
         return [
             (r, Reading(_plain_kv, _plain_kv(cache))) for r, cache in enumerate(caches)
         ]
@@ -55,10 +57,8 @@ class ClearHidden(LowestClearLayer):
     name = "input of a layer in the clear"
     adversary = "A3"
 
-    def readings(self, view: View) -> list[tuple[int, Reading]]:
-        if view.lowest_clear is None:
-            return []
-        inputs = view.clear_hidden[view.lowest_clear]
+    def readings_of(self, view: View, layer: int) -> list[tuple[int, Reading]]:
+        inputs = view.clear_hidden[layer]
         return [(r, Reading(hidden_of, rows)) for r, rows in enumerate(inputs)]
 
 

@@ -1,0 +1,98 @@
+"""Options that the benchmarks share, and what comes of them."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benchmark_throughput.harness import in_new_process, survey
+from benchmark_throughput.records import Arm, Setting, UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def distinct(kind: str, items: list[Any]) -> list[Any]:
+    """The same items. Raises UsageError where two have one name."""
+    names = [item.name for item in items]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"{kind} {repeated[0]!r} is given more than once")
+    return items
+
+
+def add_engine_options(group: Any) -> None:
+    """Those that mean the same in every benchmark."""
+    group.add_argument("--dtype", default="bfloat16", help="(default: bfloat16)")
+    group.add_argument("--load-format", help="dummy, for example: random weights")
+    group.add_argument("--enforce-eager", action="store_true")
+    group.add_argument("--attention-backend")
+
+
+def engine_args(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of vllm.LLM, model aside; vLLM's defaults where none is given."""
+    arguments = {
+        "dtype": options.dtype,
+        "max_model_len": options.max_model_len,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "enforce_eager": options.enforce_eager,
+        "seed": options.seed,
+        # Prompts are token ids and so is what is read of the outputs.
+        "skip_tokenizer_init": True,
+        # A repeated run must not be cheaper than the first.
+        "enable_prefix_caching": False,
+        # Without statistics, requests carry no times.
+        "disable_log_stats": False,
+    }
+    optional = (
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "load_format",
+        "attention_backend",
+        "max_num_batched_tokens",
+    )
+    given = {name: getattr(options, name, None) for name in optional}
+    return arguments | {name: value for name, value in given.items() if value is not None}
+
+
+def read_num_hidden_layers(model: Path) -> int:
+    """From a model's config.json. Raises UsageError."""
+    try:
+        return json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"--model {model}: no folder with a config.json that has num_hidden_layers"
+        ) from error
+
+
+def make_setting(
+    options: argparse.Namespace, arms: list[Arm], num_hidden_layers: int, in_process: bool
+) -> Setting:
+    """What the options and this machine decide. Raises UsageError where an arm is
+    refused here."""
+    return Setting(
+        model=options.model.resolve().name,
+        num_hidden_layers=num_hidden_layers,
+        engine_args=engine_args(options),
+        in_process=in_process,
+        warmups=options.warmups,
+        seed=options.seed,
+        **in_new_process(survey, arms),
+    )
