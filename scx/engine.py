@@ -121,7 +121,7 @@ def uses_accelerator(config: SCXConfig) -> bool:
 def _has_fused_kernels(config: SCXConfig) -> bool:
     from vllm.platforms import current_platform
 
-    return config.codec == "permutation" and current_platform.is_cuda()
+    return current_platform.is_cuda()
 
 
 def max_step_tokens(vllm_config: "VllmConfig") -> int:
@@ -263,10 +263,9 @@ def _use_piecewise_graphs(vllm_config: "VllmConfig", config: SCXConfig) -> None:
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
         if current_platform.is_cuda_alike():
             init_logger("vllm.scx").warning(
-                "SCX: with the %s codec and secure device %s each step waits for Python, "
-                "so CUDA graphs are PIECEWISE and decoding is several times slower; the "
-                "permutation codec with %s=cpu or cuda keeps whole graphs",
-                config.codec,
+                "SCX: with secure device %s each step waits for Python, so CUDA graphs "
+                "are PIECEWISE and decoding is several times slower; %s=cpu or cuda "
+                "keeps whole graphs",
                 config.secure_device,
                 SECURE_DEVICE,
             )

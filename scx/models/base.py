@@ -89,8 +89,7 @@ def _attach_secure_layers(
 ) -> None:
     """Give each layer its secure device's side, with the key that is its own."""
     codec = codecs.load(config.codec)
-    # Any, as the fused paths take permutations alone, which the engine has seen to.
-    features: list[Any] = [
+    features = [
         codec.derive(root, layer.layer_index, _global_kv_heads(layer), layer.head_dim)
         for layer in layers
     ]
