@@ -82,7 +82,11 @@ def server(arm: Arm, options: argparse.Namespace, log: Path) -> Iterator[str]:
         "--no-enable-prefix-caching",
         *options.server,
     ]
-    variables = {"SCX_ENC_LAYERS": arm.layers, "SCX_SECURE_DEVICE": arm.device}
+    variables = {
+        "SCX_ENC_LAYERS": arm.layers,
+        "SCX_SECURE_DEVICE": arm.device,
+        "SCX_CODEC": arm.codec,
+    }
     with log.open("w") as file:
         process = subprocess.Popen(  # noqa: S603
             command, stdout=file, stderr=file, env=os.environ | variables
