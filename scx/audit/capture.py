@@ -14,7 +14,6 @@ from torch import nn
 from tqdm import tqdm
 
 from scx import engine
-from scx.errors import SCXUnsupportedError
 
 
 @dataclass(frozen=True)
@@ -136,16 +135,13 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 def record(
     model: str,
     prompts: Sequence[list[int]],
-    codec: str | None,
     new_tokens: int,
     **engine_args: Any,
 ) -> Capture:
     """Run `prompts` (token ids) through an engine of this process and record it.
 
-    The variables of SCX must be set, and name a layer. `codec` is what was asked
-    for, or None for the default. Each prompt runs alone, then all run in one batch;
-    `new_tokens` follow each. Raises SCXUnsupportedError where the engine encodes with
-    another codec.
+    The variables of SCX must be set, and name a layer. Each prompt runs alone, then
+    all run in one batch; `new_tokens` follow each.
     """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -161,8 +157,6 @@ def record(
     )
     made: Any = engine.record_of(llm.llm_engine.vllm_config)
     layers, used = tuple(made["layers"]), made["codec"]
-    if codec is not None and codec != used:
-        raise SCXUnsupportedError(f"--codec {codec!r}: this engine encodes with {used!r}")
     (recorder,) = llm.apply_model(lambda loaded: Recorder(loaded, layers))
     params = SamplingParams(
         temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
