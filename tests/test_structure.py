@@ -23,7 +23,8 @@ ALLOWED = {
     "accelerator_device": {"codecs", "kernels", "secure_device"},
     "host_device": {"codecs", "errors", "kernels", "secure_device"},
     "attention": {"host_device", "secure_device"},
-    "engine": {"errors", "keys"},
+    "kv_store": {"errors", "keys"},
+    "engine": {"errors", "keys", "kv_store"},
     "models": {
         "accelerator_device",
         "attention",

@@ -39,6 +39,7 @@ class SCXForCausalLM(nn.Module):
             return
         config = get_scx_config()
         root = RootKey.load(config)
+        engine.claim_store(vllm_config, root)
         for index, attention in zip(chosen, self.encoded, strict=True):
             attention.__class__ = self.attention_class
             attention.layer_index = index
@@ -105,7 +106,7 @@ def _attach_secure_layers(
             f"the rotary embedding {type(rotary).__name__} is more than a table of "
             "cosines and sines, so it is not encoded"
         )
-    if engine.uses_host_device(config):
+    if engine.uses_host_device(config, vllm_config.model_config):
         # Here and not above: vLLM's CPU platform scans all modules while it starts
         # and stumbles over llvmlite (vllm/triton_utils/dispatcher.py).
         from scx.host_device import HostDevice, HostSecureLayer, default_workers
@@ -126,7 +127,7 @@ def _attach_secure_layers(
         logger.info("SCX staging: %.1f MiB pinned", host.mailbox.nbytes / 2**20)
         return
     device, secure_layer = torch.device(config.secure_device), SecureLayer
-    if engine.uses_accelerator(config):
+    if engine.uses_accelerator(config, vllm_config.model_config):
         # Here, because Triton is found on machines with a GPU only.
         from scx.accelerator_device import AcceleratorSecureLayer
 
@@ -136,6 +137,7 @@ def _attach_secure_layers(
         layer.secure = secure_layer(
             device, its_features, cos_sin_cache, rotary.is_neox_style, layer.num_heads
         )
+        layer.secure.norms = layer.head_norms
 
 
 def _global_kv_heads(attention: SCXAttention) -> range:
