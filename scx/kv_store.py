@@ -97,9 +97,7 @@ def claim(vllm_config: Any, fingerprint: str, record: Mapping[str, Any]) -> None
     except OSError as error:
         _reject(folder, f"{error.strerror}; allowed is a folder that can be written")
     except (TypeError, ValueError):
-        _reject(
-            folder, f"its {LABEL} is not a label of this package: use an empty folder"
-        )
+        _reject(folder, f"its {LABEL} is no label of this package: use an empty folder")
     for name, value in ours.items():
         if theirs.get(name) != value:
             _reject(

@@ -4,14 +4,37 @@ This is the one place where tensors cross, and it counts what crosses. It runs
 the codec in plain torch operations on any torch device.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from functools import wraps
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import torch
 
 from scx import codec
 from scx.codecs.interface import FeatureCodec
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _timed(
+    call: Callable[Concatenate["SecureLayer", Parameters], Result],
+) -> Callable[Concatenate["SecureLayer", Parameters], Result]:
+    """Have `busy_since` say when the call that runs began."""
+
+    @wraps(call)
+    def timed(
+        self: "SecureLayer", *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> Result:
+        self.busy_since = time.monotonic()
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            self.busy_since = None
+
+    return timed
 
 
 @dataclass
@@ -36,6 +59,8 @@ class SecureLayer:
     or in a traced function.
     """
 
+    busy_since: float | None = None
+    """When the call that runs began, by time.monotonic; None between calls."""
     norms: Sequence[Any] = ()
     """The modules RMSNorm of queries and of keys, of the models that have them. Their
     weights are public and load after the model is built, so each step reads them."""
@@ -60,6 +85,7 @@ class SecureLayer:
         self._split = [num_heads * features.head_dim, kv_size, kv_size]
         self._pi = torch.empty(0, dtype=torch.int64)
 
+    @_timed
     def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The rows of `hidden_states` (T, H) in an order that nobody else knows.
 
@@ -71,6 +97,7 @@ class SecureLayer:
         rows = codec.embeddings_pi_left(hidden_states, self._pi)
         return self._send(accelerator, rows)[0]
 
+    @_timed
     def encode_features(
         self, qkv: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -105,6 +132,7 @@ class SecureLayer:
         )
         return q, k, v
 
+    @_timed
     def decode_features(self, attention: torch.Tensor, output: torch.Tensor) -> None:
         """Write the decoded features of `attention` (T, N x D) to `output`.
 

@@ -11,7 +11,7 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-from scx import codecs, engine
+from scx import codecs, engine, watchdog
 from scx.attention import OP_NAME, SCXAttention, logger
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
 from scx.keys import RootKey, SCXConfig, get_scx_config
@@ -133,11 +133,14 @@ def _attach_secure_layers(
 
         device, secure_layer = rotary.cos_sin_cache.device, AcceleratorSecureLayer
     cos_sin_cache = rotary.cos_sin_cache.to(device)
+    watched = {}
     for layer, its_features in zip(layers, features, strict=True):
-        layer.secure = secure_layer(
+        secure = secure_layer(
             device, its_features, cos_sin_cache, rotary.is_neox_style, layer.num_heads
         )
-        layer.secure.norms = layer.head_norms
+        secure.norms = layer.head_norms
+        layer.secure = watched[layer.layer_index] = secure
+    watchdog.watch(watched)
 
 
 def _global_kv_heads(attention: SCXAttention) -> range:
