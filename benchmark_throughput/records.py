@@ -1,6 +1,8 @@
 """What is compared, on what, and the records that a comparison leaves."""
 
+import errno
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -181,11 +183,20 @@ class Record(Setting):
 
 
 def append_record(record: Record, path: Path) -> None:
-    """Add one line, in one write, so that an interrupted run leaves whole lines only."""
-    line = json.dumps(asdict(record)) + "\n"
-    with path.open("a") as file:
-        file.write(line)
-        file.flush()
+    """Add one line, whole or not at all, and in one write, for who interrupts it.
+
+    Raises UsageError where it cannot be written, as on a full disk.
+    """
+    line = json.dumps(asdict(record)).encode() + b"\n"
+    try:
+        with path.open("ab", buffering=0) as file:
+            size = file.tell()
+            # On a disk that is nearly full it takes a part, and does not say so.
+            if file.write(line) < len(line):
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read_records(path: Path) -> list[Record]:

@@ -93,12 +93,13 @@ def _secure_device() -> str:
 
 
 def _model_classes() -> str:
-    from scx.engine import ENCODED_CLASSES
+    from scx.engine import encoded_architectures
 
-    for path in ENCODED_CLASSES.values():
+    encoded = encoded_architectures()
+    for path in set(encoded.values()):
         module, name = path.split(":")
         getattr(importlib.import_module(module), name)
-    return ", ".join(ENCODED_CLASSES)
+    return ", ".join(encoded)
 
 
 def _model(model: str) -> str:

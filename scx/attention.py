@@ -79,6 +79,11 @@ class SCXAttention(nn.Module):
     q_size: int
     hidden_size: int
 
+    @property
+    def head_norms(self) -> tuple[nn.Module, ...]:
+        """The norms of queries and of keys, where the stock attention has them."""
+        return ()
+
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor
     ) -> torch.Tensor:

@@ -95,6 +95,19 @@ def apply_rotary(
     return rotated.flatten(-2).to(heads.dtype)
 
 
+def rms_norm(heads: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """The root mean square norm of each head of `heads` (T, heads x D), `weight` (D,).
+
+    Calculated in float32 at least and rounded to the weight's type before they are
+    multiplied, as vLLM's RMSNorm does (vllm/ir/ops/layernorm.py).
+    """
+    wide = torch.promote_types(heads.dtype, torch.float32)
+    wide_heads = heads.unflatten(-1, (-1, len(weight))).to(wide)
+    size = wide_heads.pow(2).mean(dim=-1, keepdim=True) + epsilon
+    normed = (wide_heads * size.rsqrt()).to(weight.dtype) * weight
+    return normed.flatten(-2).to(heads.dtype)
+
+
 def encode_features(heads: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Permute the features of heads (T, heads x D) under `key` (M, D).
 

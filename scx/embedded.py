@@ -30,16 +30,22 @@ def embedded_model(architecture: Architecture = "qwen2") -> Path:
 
     SmolLM2 is a Llama model. As Qwen2 it gets what Qwen2 has beside it: biases
     of q, k and v, drawn from a fixed seed and small enough to keep its sense.
-    Raises SCXError where the wheel is not installed.
+    Raises SCXError where the wheel is not installed or the folder cannot be made.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "scx-vllm" / f"smollm2-135m-{architecture}"
     if not folder.exists():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SCXError(
+                f"{folder.parent} cannot be made ({error.strerror}): set XDG_CACHE_HOME "
+                "to a folder that can be written"
+            ) from error
         # Built beside it and renamed: a folder of that name is always whole.
         draft = folder.with_name(f"{folder.name}.{os.getpid()}")
         try:
             _build(architecture, draft)
-            folder.parent.mkdir(parents=True, exist_ok=True)
             draft.rename(folder)
         except OSError:
             if not folder.exists():

@@ -10,37 +10,66 @@ versions, in docs/vllm-seams.md.
 
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from scx import keys
+from scx import keys, kv_store
 from scx.errors import SCXConfigError, SCXUnsupportedError
-from scx.keys import ENC_LAYERS, KEY_FILE, SECURE_DEVICE, SCXConfig, get_scx_config
+from scx.keys import ENC_LAYERS, SECURE_DEVICE, RootKey, SCXConfig, get_scx_config
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 ENCODED_CLASSES = {
     "LlamaForCausalLM": "scx.models.llama_scx:LlamaSCXForCausalLM",
+    "MistralForCausalLM": "scx.models.mistral_scx:MistralSCXForCausalLM",
     "Qwen2ForCausalLM": "scx.models.qwen2_scx:Qwen2SCXForCausalLM",
+    "Qwen3ForCausalLM": "scx.models.qwen3_scx:Qwen3SCXForCausalLM",
 }
-"""The architectures that can be encoded, and the class that does it."""
+"""The stock classes that can be encoded, and the class that does it."""
 
-_SCX_NAMES = {stock: path.split(":")[1] for stock, path in ENCODED_CLASSES.items()}
+_NORMED = "Qwen3SCXForCausalLM"
+"""The class that norms queries and keys, which the fused kernels do not."""
 _RECORD = "scx"
+
+
+@cache
+def encoded_architectures() -> dict[str, str]:
+    """The class that encodes, by each architecture that vLLM runs with a stock class.
+
+    vLLM has several names for some classes: InternLM3 and TeleChat3 are Llama models.
+    """
+    from vllm.model_executor.models.registry import _VLLM_MODELS
+
+    return {
+        name: ENCODED_CLASSES[stock]
+        for name, (_, stock) in _VLLM_MODELS.items()
+        if stock in ENCODED_CLASSES and name.endswith("ForCausalLM")
+    }
 
 
 def register() -> None:
     """Register the model classes and the configuration hook with vLLM."""
     from vllm.model_executor.models import ModelRegistry
 
-    for stock, path in ENCODED_CLASSES.items():
-        ModelRegistry.register_model(_SCX_NAMES[stock], path)
+    for path in ENCODED_CLASSES.values():
+        ModelRegistry.register_model(_class_name(path), path)
     _hook_configuration(ModelRegistry.get_supported_archs())
     keys.pin_config()
     if get_scx_config().enabled:
-        for stock, path in ENCODED_CLASSES.items():
-            ModelRegistry.register_model(stock, path)
+        for architecture, path in encoded_architectures().items():
+            ModelRegistry.register_model(architecture, path)
+
+
+def _class_name(path: str) -> str:
+    return path.split(":")[1]
+
+
+def _encoding_class(architecture: str) -> str:
+    """The name of the class that encodes an architecture, or its own name."""
+    path = encoded_architectures().get(architecture)
+    return _class_name(path) if path else architecture
 
 
 def _hook_configuration(architectures: Any) -> None:
@@ -95,33 +124,45 @@ def configure(vllm_config: "VllmConfig") -> None:
         raise SCXUnsupportedError(f"{_asked(config)}, but {obstacles[0]}")
     additional = cast("dict[str, Any]", vllm_config.additional_config)
     additional[_RECORD] = _record(config, model_config)
+    claim_store(vllm_config, RootKey.load(config))
     # A worker that lacks our variables then builds our class all the same, and
     # that class refuses to run without them.
-    stock = model_config.architecture
-    model_config.hf_config.architectures = [_SCX_NAMES.get(stock, stock)]
-    if not (uses_host_device(config) or uses_accelerator(config)):
+    model_config.hf_config.architectures = [_encoding_class(model_config.architecture)]
+    if not (
+        uses_host_device(config, model_config) or uses_accelerator(config, model_config)
+    ):
         _use_piecewise_graphs(vllm_config, config)
     vllm_config.compilation_config.pass_config.fuse_attn_quant = False
 
 
-def uses_host_device(config: SCXConfig) -> bool:
+def claim_store(vllm_config: "VllmConfig", root: RootKey) -> None:
+    """As `kv_store.claim`, with the record of this engine.
+
+    The process that configures the engine does so, to refuse early, and so does each
+    worker, which reads the key file of its own machine.
+    """
+    kv_store.claim(vllm_config, root.fingerprint, record_of(vllm_config) or {})
+
+
+def uses_host_device(config: SCXConfig, model_config: "ModelConfig") -> bool:
     """Whether the secure step is host work that a CUDA graph can hold."""
-    return config.secure_device == "cpu" and _has_fused_kernels(config)
+    return config.secure_device == "cpu" and _has_fused_kernels(model_config)
 
 
-def uses_accelerator(config: SCXConfig) -> bool:
+def uses_accelerator(config: SCXConfig, model_config: "ModelConfig") -> bool:
     """Whether each rank's GPU is its own secure device, all in a CUDA graph.
 
     A GPU with a number is another device, as any other is: the secure step is
     plain torch operations then, which synchronise with Python.
     """
-    return config.secure_device == "cuda" and _has_fused_kernels(config)
+    return config.secure_device == "cuda" and _has_fused_kernels(model_config)
 
 
-def _has_fused_kernels(config: SCXConfig) -> bool:
+def _has_fused_kernels(model_config: "ModelConfig") -> bool:
     from vllm.platforms import current_platform
 
-    return current_platform.is_cuda()
+    normed = _encoding_class(model_config.architecture) == _NORMED
+    return current_platform.is_cuda() and not normed
 
 
 def max_step_tokens(vllm_config: "VllmConfig") -> int:
@@ -147,9 +188,10 @@ def encoded_layers(vllm_config: "VllmConfig") -> tuple[int, ...]:
     record = record_of(vllm_config)
     if record is None:
         if config.enabled:
+            encoded = ", ".join(encoded_architectures())
             raise SCXUnsupportedError(
                 f"{_asked(config)}, but this model is part of another architecture or "
-                f"was configured without it: encoded are {', '.join(ENCODED_CLASSES)}"
+                f"was configured without it: encoded are {encoded}"
             )
         return ()
     here = _record(config, vllm_config.model_config)
@@ -193,15 +235,17 @@ def _model_obstacles(model_config: "ModelConfig") -> Iterator[str]:
             f"model_impl={model_config.model_impl!r} does not use vLLM's model "
             "classes: leave it out"
         )
-    architecture = model_config.architecture
-    if architecture not in _SCX_NAMES and architecture not in _SCX_NAMES.values():
+    architecture, encoded = model_config.architecture, encoded_architectures()
+    if _encoding_class(architecture) not in map(_class_name, encoded.values()):
         yield (
-            f"{architecture} is not encoded: use one of {', '.join(ENCODED_CLASSES)}, "
+            f"{architecture} is not encoded: use one of {', '.join(encoded)}, "
             f"or unset {ENC_LAYERS}"
         )
     hf_config = model_config.hf_text_config
     if getattr(hf_config, "qk_norm", False):
         yield "qk_norm=True is not encoded: use a model without query and key norms"
+    if getattr(hf_config, "llama_4_scaling", None):
+        yield "llama_4_scaling of the queries is not encoded: use a model without it"
     if getattr(hf_config, "dual_chunk_attention_config", None):
         yield "dual chunk attention is not encoded: drop dual_chunk_attention_config"
     if not getattr(hf_config, "is_causal", True):
@@ -217,11 +261,7 @@ def _feature_obstacles(vllm_config: "VllmConfig", config: SCXConfig) -> Iterator
         )
     if vllm_config.speculative_config is not None:
         yield "speculative decoding is not encoded yet: leave out speculative_config"
-    if _moves_kv(vllm_config) and config.key_file is None:
-        yield (
-            "KV transfer needs the same key on both sides: set "
-            f"{KEY_FILE} to a key file that both have"
-        )
+    yield from kv_store.obstacles(vllm_config, config)
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
         yield "sleep mode may discard the secure step's counters: leave it out"
     if not isinstance(vllm_config.additional_config, dict):
@@ -243,14 +283,6 @@ def _feature_obstacles(vllm_config: "VllmConfig", config: SCXConfig) -> Iterator
         )
 
 
-def _moves_kv(vllm_config: "VllmConfig") -> bool:
-    """Whether another process may read this one's KV cache, or outlive it."""
-    cache = vllm_config.cache_config
-    offloads = getattr(cache, "kv_offloading_size", None) is not None
-    outside = getattr(cache, "kv_offloading_backend", "native") != "native"
-    return vllm_config.kv_transfer_config is not None or (offloads and outside)
-
-
 def _use_piecewise_graphs(vllm_config: "VllmConfig", config: SCXConfig) -> None:
     """Keep whole-step CUDA graphs off: the secure step synchronises with Python."""
     from vllm.config import CUDAGraphMode
@@ -263,9 +295,10 @@ def _use_piecewise_graphs(vllm_config: "VllmConfig", config: SCXConfig) -> None:
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
         if current_platform.is_cuda_alike():
             init_logger("vllm.scx").warning(
-                "SCX: with secure device %s each step waits for Python, so CUDA graphs "
-                "are PIECEWISE and decoding is several times slower; %s=cpu or cuda "
-                "keeps whole graphs",
+                "SCX: for %s with secure device %s each step waits for Python, so CUDA "
+                "graphs are PIECEWISE and decoding is several times slower; whole graphs "
+                "need a model without query and key norms and %s=cpu or cuda",
+                vllm_config.model_config.architecture,
                 config.secure_device,
                 SECURE_DEVICE,
             )

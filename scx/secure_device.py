@@ -4,8 +4,10 @@ This is the one place where tensors cross, and it counts what crosses. It runs
 the codec in plain torch operations on any torch device.
 """
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -34,6 +36,12 @@ class SecureLayer:
     permutation of the step. Neither is ever on the accelerator, in an nn.Module
     or in a traced function.
     """
+
+    busy_since: float | None = None
+    """When the call that runs began, by time.monotonic; None between calls."""
+    norms: Sequence[Any] = ()
+    """The modules RMSNorm of queries and of keys, of the models that have them. Their
+    weights are public and load after the model is built, so each step reads them."""
 
     def __init__(
         self,
@@ -74,8 +82,14 @@ class SecureLayer:
         `qkv` (T, (N + 2M) x D) is in the order of the last `encode_rows`,
         `positions` (T,) in that of the batch; all are on the accelerator.
         """
-        (qkv, positions), accelerator = self._receive(qkv, positions)
+        weights = [norm.weight for norm in self.norms]
+        (qkv, positions, *weights), accelerator = self._receive(qkv, positions, *weights)
         q, k, v = codec.decode_rows(qkv, self._pi).split(self._split, dim=-1)
+        if self.norms:
+            q, k = (
+                codec.rms_norm(heads, weight, norm.variance_epsilon)
+                for heads, weight, norm in zip((q, k), weights, self.norms, strict=True)
+            )
         q, k = (
             codec.apply_rotary(
                 heads,

@@ -106,5 +106,5 @@ def test_registering_twice_changes_nothing(tiny_llama):
         generate_each, [{"model": tiny_llama, "skip_tokenizer_init": True}], PROMPTS
     )
     depth, first, second = in_new_process(register_twice, tiny_llama, env=ALL)
-    assert depth == [1, 1]
+    assert set(depth) == {1}
     assert first == second == native

@@ -52,8 +52,22 @@ def refusals(llama, tmp_path_factory):
     model = {"model": str(llama)}
     cases = {
         "no obstacle": (model, {}),
-        "another architecture": (config("qwen3", "Qwen3ForCausalLM", "qwen3"), {}),
-        "alias": (config("alias", "LLaMAForCausalLM", "llama"), {}),
+        "another architecture": (config("gemma", "GemmaForCausalLM", "gemma"), {}),
+        "alias": (config("alias", "TeleChat3ForCausalLM", "llama"), {}),
+        "embedding": (config("embedding", "LlamaModel", "llama"), {}),
+        "several rotary positions": (
+            config("vl", "Qwen2VLForConditionalGeneration", "qwen2_vl"),
+            {},
+        ),
+        "scaled queries": (
+            config(
+                "ministral",
+                "Ministral3ForCausalLM",
+                "mistral",
+                llama_4_scaling={"original_max_position_embeddings": 64, "beta": 0.1},
+            ),
+            {},
+        ),
         "model_impl": (model | {"model_impl": "transformers"}, {}),
         "qk_norm": (config("qk", "Qwen2ForCausalLM", "qwen2", qk_norm=True), {}),
         "dual chunk": (
@@ -93,8 +107,9 @@ def refusals(llama, tmp_path_factory):
     return dict(zip(cases, results, strict=True))
 
 
-def test_what_fits_is_recorded(refusals):
-    kind, record = refusals["no obstacle"]
+@pytest.mark.parametrize("case", ["no obstacle", "alias"])
+def test_what_fits_is_recorded(case, refusals):
+    kind, record = refusals[case]
     assert kind == "configured"
     assert record["layers"] == [0, 3]
     assert record["secure_device"] == "cpu"
@@ -106,9 +121,15 @@ def test_what_fits_is_recorded(refusals):
         (
             "another architecture",
             "SCXUnsupportedError",
-            ["Qwen3ForCausalLM is not encoded", "LlamaForCausalLM, Qwen2ForCausalLM"],
+            ["GemmaForCausalLM is not encoded", "LlamaForCausalLM", "Qwen3ForCausalLM"],
         ),
-        ("alias", "SCXUnsupportedError", ["LLaMAForCausalLM is not encoded"]),
+        ("embedding", "SCXUnsupportedError", ["LlamaModel is not encoded"]),
+        (
+            "several rotary positions",
+            "SCXUnsupportedError",
+            ["Qwen2VLForConditionalGeneration is not encoded"],
+        ),
+        ("scaled queries", "SCXUnsupportedError", ["llama_4_scaling of the queries"]),
         ("model_impl", "SCXUnsupportedError", ["model_impl='transformers'"]),
         ("qk_norm", "SCXUnsupportedError", ["qk_norm=True is not encoded"]),
         ("dual chunk", "SCXUnsupportedError", ["dual chunk attention is not encoded"]),
@@ -116,7 +137,7 @@ def test_what_fits_is_recorded(refusals):
         ("lora", "SCXUnsupportedError", ["LoRA picks adapters by row"]),
         ("speculation", "SCXUnsupportedError", ["speculative decoding"]),
         ("kv transfer", "SCXUnsupportedError", ["SCX_KEY_FILE"]),
-        ("kv offload", "SCXUnsupportedError", ["SCX_KEY_FILE"]),
+        ("kv offload", "SCXUnsupportedError", ["the KV connector lmcache"]),
         ("late", "SCXConfigError", ["SCX_ENC_LAYERS='1'", "then '0,3'"]),
         ("late off", "SCXConfigError", ["SCX_ENC_LAYERS=''", "then '0,3'"]),
     ],
@@ -147,16 +168,6 @@ def test_turned_on_after_a_plain_engine_was_configured(llama):
     assert plain == ("configured", None)
     assert late[0] == "SCXConfigError"
     assert "start a new process" in late[1]
-
-
-def test_kv_transfer_with_a_key_file(llama, tmp_path):
-    key_file = tmp_path / "key"
-    key_file.touch(mode=0o600)
-    key_file.write_bytes(os.urandom(32))
-    transfer = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-    case = ({"model": str(llama), "kv_transfer_config": transfer}, {})
-    env = {"SCX_ENC_LAYERS": "0", "SCX_KEY_FILE": str(key_file)}
-    assert outcomes([case], env)[0][0] == "configured"
 
 
 def build_without_record(model):

@@ -11,7 +11,7 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-from scx import codecs, engine
+from scx import codecs, engine, watchdog
 from scx.attention import OP_NAME, SCXAttention, logger
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
 from scx.keys import RootKey, SCXConfig, get_scx_config
@@ -39,6 +39,7 @@ class SCXForCausalLM(nn.Module):
             return
         config = get_scx_config()
         root = RootKey.load(config)
+        engine.claim_store(vllm_config, root)
         for index, attention in zip(chosen, self.encoded, strict=True):
             attention.__class__ = self.attention_class
             attention.layer_index = index
@@ -104,7 +105,7 @@ def _attach_secure_layers(
             f"the rotary embedding {type(rotary).__name__} is more than a table of "
             "cosines and sines, so it is not encoded"
         )
-    if engine.uses_host_device(config):
+    if engine.uses_host_device(config, vllm_config.model_config):
         # Here and not above: vLLM's CPU platform scans all modules while it starts
         # and stumbles over llvmlite (vllm/triton_utils/dispatcher.py).
         from scx.host_device import HostDevice, HostSecureLayer, default_workers
@@ -125,16 +126,20 @@ def _attach_secure_layers(
         logger.info("SCX staging: %.1f MiB pinned", host.mailbox.nbytes / 2**20)
         return
     device, secure_layer = torch.device(config.secure_device), SecureLayer
-    if engine.uses_accelerator(config):
+    if engine.uses_accelerator(config, vllm_config.model_config):
         # Here, because Triton is found on machines with a GPU only.
         from scx.accelerator_device import AcceleratorSecureLayer
 
         device, secure_layer = rotary.cos_sin_cache.device, AcceleratorSecureLayer
     cos_sin_cache = rotary.cos_sin_cache.to(device)
+    watched = {}
     for layer, its_features in zip(layers, features, strict=True):
-        layer.secure = secure_layer(
+        secure = secure_layer(
             device, its_features, cos_sin_cache, rotary.is_neox_style, layer.num_heads
         )
+        secure.norms = layer.head_norms
+        layer.secure = watched[layer.layer_index] = secure
+    watchdog.watch(watched)
 
 
 def _global_kv_heads(attention: SCXAttention) -> range:
