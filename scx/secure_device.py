@@ -4,7 +4,8 @@ This is the one place where tensors cross, and it counts what crosses. It runs
 the codec in plain torch operations on any torch device.
 """
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -25,6 +26,9 @@ class Traffic:
     """Bytes that the secure device received."""
     bytes_out: int = 0
     """Bytes that the accelerator received."""
+    secure_seconds: float | None = None
+    """Seconds that the secure device worked, transfers left out; None where nobody
+    measures that. What it only queues counts as the time to queue it."""
 
 
 class SecureLayer:
@@ -48,6 +52,8 @@ class SecureLayer:
         """
         self.device = device
         self._traffic = Traffic()
+        self._seconds = 0.0
+        self._received = 0.0
         self.features = features.to(device)
         self._cos_sin_cache = cos_sin_cache.to(device)
         self._is_neox_style = is_neox_style
@@ -106,7 +112,7 @@ class SecureLayer:
     @property
     def traffic(self) -> Traffic:
         """What crossed so far."""
-        return self._traffic
+        return replace(self._traffic, secure_seconds=self._seconds)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a secure device and its keys are neither copied nor pickled")
@@ -114,11 +120,14 @@ class SecureLayer:
     def _receive(self, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.device]:
         self._traffic.crossings += 1
         self._traffic.bytes_in += sum(tensor.nbytes for tensor in tensors)
-        return [tensor.to(self.device) for tensor in tensors], tensors[0].device
+        received = [tensor.to(self.device) for tensor in tensors]
+        self._received = time.perf_counter()
+        return received, tensors[0].device
 
     def _send(
         self, accelerator: torch.device, *tensors: torch.Tensor
     ) -> list[torch.Tensor]:
+        self._seconds += time.perf_counter() - self._received
         self._traffic.crossings += 1
         self._traffic.bytes_out += sum(tensor.nbytes for tensor in tensors)
         return [tensor.to(accelerator) for tensor in tensors]

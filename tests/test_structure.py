@@ -22,6 +22,7 @@ ALLOWED = {
     "secure_device": {"codec", "codecs"},
     "accelerator_device": {"codecs", "kernels", "secure_device"},
     "host_device": {"codecs", "errors", "kernels", "secure_device"},
+    "metrics": {"secure_device"},
     "attention": {"host_device", "secure_device"},
     "engine": {"errors", "keys"},
     "models": {
@@ -32,6 +33,7 @@ ALLOWED = {
         "errors",
         "host_device",
         "keys",
+        "metrics",
         "models",
         "secure_device",
     },
