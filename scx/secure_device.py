@@ -6,7 +6,7 @@ the codec in plain torch operations on any torch device.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +27,9 @@ class Traffic:
     """Bytes that the secure device received."""
     bytes_out: int = 0
     """Bytes that the accelerator received."""
+    secure_seconds: float | None = None
+    """Seconds that the secure device worked, transfers left out; None where nobody
+    measures that. What it only queues counts as the time to queue it."""
 
 
 class SecureLayer:
@@ -38,7 +41,7 @@ class SecureLayer:
     """
 
     busy_since: float | None = None
-    """When the call that runs began, by time.monotonic; None between calls."""
+    """When the call that runs began, by time.monotonic; None after one that ended."""
     norms: Sequence[Any] = ()
     """The modules RMSNorm of queries and of keys, of the models that have them. Their
     weights are public and load after the model is built, so each step reads them."""
@@ -56,6 +59,8 @@ class SecureLayer:
         """
         self.device = device
         self._traffic = Traffic()
+        self._seconds = 0.0
+        self._received = 0.0
         self.features = features.to(device)
         self._cos_sin_cache = cos_sin_cache.to(device)
         self._is_neox_style = is_neox_style
@@ -120,19 +125,25 @@ class SecureLayer:
     @property
     def traffic(self) -> Traffic:
         """What crossed so far."""
-        return self._traffic
+        return replace(self._traffic, secure_seconds=self._seconds)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a secure device and its keys are neither copied nor pickled")
 
     def _receive(self, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.device]:
+        self.busy_since = time.monotonic()
         self._traffic.crossings += 1
         self._traffic.bytes_in += sum(tensor.nbytes for tensor in tensors)
-        return [tensor.to(self.device) for tensor in tensors], tensors[0].device
+        received = [tensor.to(self.device) for tensor in tensors]
+        self._received = time.monotonic()
+        return received, tensors[0].device
 
     def _send(
         self, accelerator: torch.device, *tensors: torch.Tensor
     ) -> list[torch.Tensor]:
+        self._seconds += time.monotonic() - self._received
         self._traffic.crossings += 1
         self._traffic.bytes_out += sum(tensor.nbytes for tensor in tensors)
-        return [tensor.to(accelerator) for tensor in tensors]
+        sent = [tensor.to(accelerator) for tensor in tensors]
+        self.busy_since = None
+        return sent
