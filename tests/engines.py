@@ -1,7 +1,8 @@
 """Real engines for tests, each setting of the variables in a process of its own.
 
 One process holds one setting (vLLM reads plugins once), but any number of
-engines. vLLM is imported in the children only.
+engines. vLLM is imported in one server process, from which the children fork: its
+plugins are not loaded there, and what it reads of the variables it reads later.
 """
 
 import multiprocessing
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+
+_IMPORTED = ("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.worker_base")
 
 ENGINE_ARGS = {
     "dtype": "float32",
@@ -24,8 +27,9 @@ ENGINE_ARGS = {
 def in_new_process(
     function: Callable[..., Any], *args: Any, env: dict[str, str] | None = None
 ) -> Any:
-    """The result of `function(*args)` in a fresh interpreter with `env` set."""
-    context = multiprocessing.get_context("spawn")
+    """The result of `function(*args)` in a process of its own with `env` set."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_IMPORTED))
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -34,12 +38,17 @@ def in_new_process(
         "SCX_ENC_LAYERS": "",
     }
     with ProcessPoolExecutor(
-        1, context, initializer=_set, initargs=(settings | (env or {}),)
+        1,
+        context,
+        initializer=_set,
+        initargs=(os.environ | settings | (env or {}),),
     ) as pool:
         return pool.submit(function, *args).result()
 
 
 def _set(variables: dict[str, str]) -> None:
+    # The server has the variables of the test that started it.
+    os.environ.clear()
     os.environ.update(variables)
 
 
