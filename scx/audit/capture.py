@@ -145,7 +145,7 @@ def record(
     The variables of SCX must be set, and name a layer. `codec` is what was asked
     for, or None for the default. Each prompt runs alone, then all run in one batch;
     `new_tokens` follow each. Raises SCXUnsupportedError where the engine encodes with
-    another codec.
+    another codec or the model norms its keys, which the attacks do not know.
     """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -163,6 +163,14 @@ def record(
     layers, used = tuple(made["layers"]), made["codec"]
     if codec is not None and codec != used:
         raise SCXUnsupportedError(f"--codec {codec!r}: this engine encodes with {used!r}")
+    (normed,) = llm.apply_model(
+        lambda loaded: hasattr(loaded.model.layers[0].self_attn, "k_norm")
+    )
+    if normed:
+        raise SCXUnsupportedError(
+            f"--model {model!r}: the attacks do not know key norms, as Qwen3 has: use a "
+            "Qwen2, Llama or Mistral model"
+        )
     (recorder,) = llm.apply_model(lambda loaded: Recorder(loaded, layers))
     params = SamplingParams(
         temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
