@@ -2,13 +2,14 @@
 
     python -m benchmark_acc.embedded [--out benchmark_acc/results]
 
-Llama and Qwen2, float32 and bfloat16, plain and with three choices of encoded layers.
-Arms of the same setting that are there already stay as they are.
+Llama and Qwen2, float32 and bfloat16, plain, with three choices of encoded layers, and
+with all of them under the affine codec. Arms of the same setting that are there
+already stay as they are.
 """
 
 import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
@@ -16,9 +17,17 @@ from benchmark_acc.evaluation import run_arm
 from benchmark_acc.logs import FILE, read_arm
 from benchmark_acc.run_eval import arm_name, exit_status, make_plan, say
 from scx.embedded import Architecture, embedded_model
+from scx.keys import CODECS
 
 TASK = "pydoc"
-LAYERS = ("", "0", "0,29", "all")
+ARMS = (
+    ("", CODECS[0]),
+    ("0", CODECS[0]),
+    ("0,29", CODECS[0]),
+    ("all", CODECS[0]),
+    ("all", "affine"),
+)
+"""Encoded layers and codec."""
 TYPES = ("float32", "bfloat16")
 SETTING = {
     "tensor_parallel_size": 1,
@@ -32,9 +41,10 @@ def evaluate_all(out: Path) -> None:
     for dtype in TYPES:
         for architecture in get_args(Architecture):
             model = str(embedded_model(architecture))
-            plan = make_plan(model, TASK, dtype=dtype, **SETTING)
-            for layers in LAYERS:
-                name = arm_name(layers, plan.secure_device)
+            planned = make_plan(model, TASK, dtype=dtype, **SETTING)
+            for layers, codec in ARMS:
+                plan = replace(planned, codec=codec)
+                name = arm_name(layers, plan)
                 folder = out / dtype / TASK / plan.setting.model / name
                 file = folder / FILE
                 if not file.exists() or read_arm(file).setting != asdict(plan.setting):

@@ -39,6 +39,7 @@ class Plan:
     """Names that lm-eval knows."""
     setting: Setting
     secure_device: str
+    codec: str
     provenance: dict[str, Any]
     """The fields `cores`, `commit` and `dirty` of Arm."""
 
@@ -58,6 +59,7 @@ def run_arm(plan: Plan, layers: str, folder: Path) -> None:
             arm=folder.name,
             layers=layers,
             secure_device=plan.secure_device,
+            codec=plan.codec,
             utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             tasks=read_lm_eval(draft),
         )
@@ -127,7 +129,7 @@ def evaluate(plan: Plan, layers: str, folder: Path) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    scx_env_init(layers, plan.secure_device)
+    scx_env_init(layers, plan.secure_device, codec=plan.codec)
     manager = load_tasks(plan.tasks)
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker

@@ -83,6 +83,7 @@ class Arm(Setting):
     layers: str
     """As in SCX_ENC_LAYERS; empty is off."""
     secure_device: str
+    codec: str = "permutation"
     cores: int
     commit: str | None
     """Of this package; None outside a checkout."""

@@ -11,7 +11,7 @@ These variables are read:
     MODEL_PATH      a model's folder or hub name
     ARMS            plain, scx or both (default)
     SCX_ENC_LAYERS  the layers of the scx arm (default: the first and the last)
-    SCX_SECURE_DEVICE and SCX_KEY_FILE, as always
+    SCX_SECURE_DEVICE, SCX_CODEC and SCX_KEY_FILE, as always
     LIMIT           the number of samples of each task (default: all)
     TP              the tensor parallel size (default: 1)
     DTYPE           of the engine (default: bfloat16)
@@ -36,7 +36,7 @@ from benchmark_acc.evaluation import ArmFailed, Plan, UsageError, run_arm
 from benchmark_acc.logs import LogError, Setting
 from benchmark_throughput import harness
 from scx.errors import SCXError
-from scx.keys import ENC_LAYERS, get_scx_config
+from scx.keys import CODECS, ENC_LAYERS, get_scx_config
 
 ARMS = {"plain": ["plain"], "scx": ["scx"], "both": ["plain", "scx"]}
 
@@ -71,8 +71,9 @@ def make_plan(model: str, task: str, **chosen: Any) -> Plan:
         **chosen,
     )
     provenance = {name: survey[name] for name in ("cores", "commit", "dirty")}
-    device = get_scx_config().secure_device
-    return Plan(model, task.split(","), setting, device, provenance)
+    config = get_scx_config()
+    tasks = task.split(",")
+    return Plan(model, tasks, setting, config.secure_device, config.codec, provenance)
 
 
 def encoded_layers(model: str) -> str:
@@ -99,11 +100,13 @@ def encoded_layers(model: str) -> str:
     return ",".join(map(str, chosen.layers_of(layers)))
 
 
-def arm_name(layers: str, device: str) -> str:
+def arm_name(layers: str, plan: Plan) -> str:
     """That of the arm's folder."""
     if not layers:
         return "plain"
-    return f"scx-{layers}" + ("" if device == "cpu" else f"@{device}")
+    device = "" if plan.secure_device == "cpu" else f"@{plan.secure_device}"
+    codec = "" if plan.codec == CODECS[0] else f"+{plan.codec}"
+    return f"scx-{layers}{device}{codec}"
 
 
 def run_eval(task: str, out: Path) -> None:
@@ -126,7 +129,7 @@ def run_eval(task: str, out: Path) -> None:
     plan = make_plan(model, task, **chosen)
     for arm in arms:
         layers = encoded if arm == "scx" else ""
-        name = arm_name(layers, plan.secure_device)
+        name = arm_name(layers, plan)
         folder = out / task / plan.setting.model / name
         say(f"arm {name}")
         run_arm(plan, layers, folder)

@@ -179,7 +179,7 @@ def set_variables(arm: Arm, setting: Setting) -> None:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     else:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    scx_env_init(arm.layers, arm.device)
+    scx_env_init(arm.layers, arm.device, codec=arm.codec)
 
 
 def run_once(llm: Any, arm: Arm, workload: Workload, seed: int, number: int) -> Run:
@@ -284,6 +284,7 @@ def make_record(
         arm=arm.name,
         layers=arm.layers,
         device=arm.device,
+        codec=arm.codec,
         workload=workload.name,
         prompts=workload.prompts,
         input_tokens=workload.input_tokens,
@@ -327,7 +328,7 @@ def survey(arms: list[Arm]) -> dict[str, Any]:
 
     for arm in arms:
         try:
-            scx_env_init(arm.layers, arm.device)
+            scx_env_init(arm.layers, arm.device, codec=arm.codec)
         except SCXConfigError as error:
             raise UsageError(f"arm {arm.name}: {error}") from error
     import torch

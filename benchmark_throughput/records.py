@@ -10,6 +10,8 @@ from typing import Any
 
 LAYERS = r"off|all|\d{1,9}(?:,\d{1,9})*"
 DEVICE = r"[a-z]+(?::\d+)?"
+CODEC = "permutation"
+"""Of arms and records that do not say another."""
 
 
 class UsageError(Exception):
@@ -25,25 +27,28 @@ class Arm:
     """As in SCX_ENC_LAYERS; empty is off."""
     device: str
     """As in SCX_SECURE_DEVICE."""
+    codec: str = CODEC
+    """As in SCX_CODEC."""
 
 
 NATIVE = Arm("native", "", "cpu")
 
 
 def parse_arm(text: str) -> Arm:
-    """The arm that LAYERS[@DEVICE] names. Raises UsageError."""
-    match = re.fullmatch(f"({LAYERS})(?:@({DEVICE}))?", text)
-    if match is None or (match[1] == "off" and match[2]):
+    """The arm that LAYERS[@DEVICE][+CODEC] names. Raises UsageError."""
+    match = re.fullmatch(rf"({LAYERS})(?:@({DEVICE}))?(?:\+([a-z]+))?", text)
+    if match is None or (match[1] == "off" and (match[2] or match[3])):
         raise UsageError(
-            f"arm {text!r}: allowed are LAYERS or LAYERS@DEVICE, such as 0,27 or "
-            "all@cuda, and off"
+            f"arm {text!r}: allowed are LAYERS, LAYERS@DEVICE and LAYERS@DEVICE+CODEC, "
+            "such as 0,27 or all@cuda+affine, and off"
         )
-    layers, device = match[1], match[2] or "cpu"
+    layers, device, codec = match[1], match[2] or "cpu", match[3] or CODEC
     if layers == "off":
         return Arm("off", "", device)
     if layers != "all":
         layers = ",".join(map(str, sorted({int(layer) for layer in layers.split(",")})))
-    return Arm(f"{layers}@{device}", layers, device)
+    name = f"{layers}@{device}" + ("" if codec == CODEC else f"+{codec}")
+    return Arm(name, layers, device, codec)
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ class Record(Setting):
     arm: str
     layers: str
     device: str
+    codec: str = CODEC
     workload: str
     prompts: int
     input_tokens: int

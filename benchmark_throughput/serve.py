@@ -71,18 +71,19 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server(arm: Arm, options: argparse.Namespace, log: Path) -> Iterator[str]:
-    """The address of a server that is ready. Raises UsageError where it ends before."""
+def server(arm: Arm, model: Path, arguments: list[str], log: Path) -> Iterator[str]:
+    """The address of a `vllm serve` with `arguments` that is ready.
+
+    Raises UsageError where it ends before that.
+    """
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    command = [
-        *vllm("serve", str(options.model.resolve())),
-        f"--port={port}",
-        f"--seed={options.seed}",
-        "--no-enable-prefix-caching",
-        *options.server,
-    ]
-    variables = {"SCX_ENC_LAYERS": arm.layers, "SCX_SECURE_DEVICE": arm.device}
+    command = [*vllm("serve", str(model.resolve())), f"--port={port}", *arguments]
+    variables = {
+        "SCX_ENC_LAYERS": arm.layers,
+        "SCX_SECURE_DEVICE": arm.device,
+        "SCX_CODEC": arm.codec,
+    }
     with log.open("w") as file:
         process = subprocess.Popen(  # noqa: S603
             command, stdout=file, stderr=file, env=os.environ | variables
@@ -183,8 +184,11 @@ def main() -> int:
         described = in_new_process(survey, arms) | {"command": sys.argv[1:]}
         (out / "setting.json").write_text(json.dumps(described, indent=2) + "\n")
         results = {}
+        arguments = [f"--seed={options.seed}", "--no-enable-prefix-caching"]
+        arguments += options.server
         for arm in arms:
-            with server(arm, options, out / f"{arm.name}.server.log") as address:
+            log = out / f"{arm.name}.server.log"
+            with server(arm, options.model, arguments, log) as address:
                 say(f"arm {arm.name}: serving at {address}")
                 bench(arm, address, options, out)
             results[arm.name] = json.loads((out / f"{arm.name}.json").read_text())

@@ -31,6 +31,7 @@ from benchmark_throughput.options import (
     read_num_hidden_layers,
 )
 from benchmark_throughput.records import (
+    CODEC,
     NATIVE,
     Arm,
     Record,
@@ -63,6 +64,7 @@ def parser(description: str, ranks: int) -> Parser:
         help="as in SCX_ENC_LAYERS; empty is plain (the default)",
     )
     parser.add_argument("--scx_secure_device", "--scx-secure-device", default="cpu")
+    parser.add_argument("--scx_codec", "--scx-codec", default=CODEC)
     for name, value in DEFAULTS.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=positive, help=f"tokens (default: {value})")
@@ -85,7 +87,8 @@ def arm_of(options: argparse.Namespace) -> Arm:
     """Raises UsageError."""
     if not options.scx_enc_layers:
         return NATIVE
-    return parse_arm(f"{options.scx_enc_layers}@{options.scx_secure_device}")
+    layers, device = options.scx_enc_layers, options.scx_secure_device
+    return parse_arm(f"{layers}@{device}+{options.scx_codec}")
 
 
 def make_plan(options: argparse.Namespace, arm: Arm, embedded: "Architecture") -> Plan:
@@ -184,6 +187,7 @@ def summary(record: Record) -> list[str]:
     lines = [
         f"{record.model} on {record.accelerator}, {record.cores} cores; {versions}",
         f"layers encoded: {record.layers or 'none'}, secure device {record.device}",
+        f"codec: {record.codec if record.layers else 'none'}",
         "input and output: {:,.1f} tokens/s ({:,.1f} to {:,.1f})".format(*speeds),
     ]
     if record.ttft_seconds is not None:

@@ -146,8 +146,6 @@ def audit(options: argparse.Namespace) -> bool:
     # One process, so that the recorder can stand beside the model.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if options.codec is not None:
-        os.environ[keys.CODEC] = options.codec
     from scx.audit import report, runner, views
     from scx.audit.prompts import read_prompts
 
@@ -200,9 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     auditor.set_defaults(run=audit)
     auditor.add_argument("--model", required=True, help="path or hub name of a model")
     auditor.add_argument("--layers", default="0", help="as in SCX_ENC_LAYERS")
-    auditor.add_argument(
-        "--codec", help="as in SCX_CODEC; the engine's default without it"
-    )
+    auditor.add_argument("--codec", help="as in SCX_CODEC, which counts without it")
     auditor.add_argument("--prompts", type=Path, help="a file with one prompt a line")
     auditor.add_argument("--adversary", choices=["A1", "A2", "A3", "all"], default="all")
     auditor.add_argument("--out", type=Path, default=Path("audit"), help="folder")

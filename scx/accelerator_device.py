@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from scx.codecs.interface import FeatureCodec
 from scx.codecs.permutation import PermutationCodec
 from scx.kernels import accelerator as kernels
 from scx.secure_device import SecureLayer, Traffic
@@ -24,15 +25,21 @@ class AcceleratorSecureLayer(SecureLayer):
     def __init__(
         self,
         device: torch.device,
-        features: PermutationCodec,
+        features: FeatureCodec,
         cos_sin_cache: torch.Tensor,
         is_neox_style: bool,
         num_heads: int,
     ) -> None:
         super().__init__(device, features, cos_sin_cache, is_neox_style, num_heads)
         self._num_heads = num_heads
-        self._key = features.key.to(device)
-        self._inverse_key = self._key.argsort(-1)
+        self._permutes = isinstance(self.features, PermutationCodec)
+        if self._permutes:
+            self._key, self._inverse_key = self.features.tables
+        else:
+            # Other features are mapped afterwards, by torch operations that a graph
+            # holds as well.
+            stay = torch.arange(features.head_dim, device=device)
+            self._key = stay.repeat(features.kv_heads, 1)
         random_bytes = bytearray(os.urandom(32))
         self._row_key = torch.frombuffer(random_bytes, dtype=torch.int32).to(device)
         # Steps and tokens so far. Graphs are replayed without Python, so the device
@@ -62,10 +69,16 @@ class AcceleratorSecureLayer(SecureLayer):
             self._is_neox_style,
         )
         q, k, v = encoded.split(self._split, dim=-1)
-        return q, k, v
+        if self._permutes:
+            return q, k, v
+        encode = self.features
+        return encode.encode_queries(q), encode.encode_keys(k), encode.encode_values(v)
 
     def decode_features(self, attention: torch.Tensor, output: torch.Tensor) -> None:
-        kernels.decode_features(attention.contiguous(), self._inverse_key, output)
+        if self._permutes:
+            kernels.decode_features(attention.contiguous(), self._inverse_key, output)
+        else:
+            output.copy_(self.features.decode_output(attention))
 
     @property
     def traffic(self) -> Traffic:

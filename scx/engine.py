@@ -146,7 +146,7 @@ def claim_store(vllm_config: "VllmConfig", root: RootKey) -> None:
 
 def uses_host_device(config: SCXConfig, model_config: "ModelConfig") -> bool:
     """Whether the secure step is host work that a CUDA graph can hold."""
-    return config.secure_device == "cpu" and _has_fused_kernels(config, model_config)
+    return config.secure_device == "cpu" and _has_fused_kernels(model_config)
 
 
 def uses_accelerator(config: SCXConfig, model_config: "ModelConfig") -> bool:
@@ -155,17 +155,14 @@ def uses_accelerator(config: SCXConfig, model_config: "ModelConfig") -> bool:
     A GPU with a number is another device, as any other is: the secure step is
     plain torch operations then, which synchronise with Python.
     """
-    return config.secure_device == "cuda" and _has_fused_kernels(config, model_config)
+    return config.secure_device == "cuda" and _has_fused_kernels(model_config)
 
 
-def _has_fused_kernels(config: SCXConfig, model_config: "ModelConfig") -> bool:
+def _has_fused_kernels(model_config: "ModelConfig") -> bool:
     from vllm.platforms import current_platform
 
-    return (
-        config.codec == "permutation"
-        and _encoding_class(model_config.architecture) != _NORMED
-        and current_platform.is_cuda()
-    )
+    normed = _encoding_class(model_config.architecture) == _NORMED
+    return current_platform.is_cuda() and not normed
 
 
 def max_step_tokens(vllm_config: "VllmConfig") -> int:
@@ -298,12 +295,10 @@ def _use_piecewise_graphs(vllm_config: "VllmConfig", config: SCXConfig) -> None:
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
         if current_platform.is_cuda_alike():
             init_logger("vllm.scx").warning(
-                "SCX: for %s with the %s codec and secure device %s each step waits for "
-                "Python, so CUDA graphs are PIECEWISE and decoding is several times "
-                "slower; whole graphs need a model without query and key norms, the "
-                "permutation codec and %s=cpu or cuda",
+                "SCX: for %s with secure device %s each step waits for Python, so CUDA "
+                "graphs are PIECEWISE and decoding is several times slower; whole graphs "
+                "need a model without query and key norms and %s=cpu or cuda",
                 vllm_config.model_config.architecture,
-                config.codec,
                 config.secure_device,
                 SECURE_DEVICE,
             )

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import torch
 
-from scx.codecs.permutation import PermutationCodec
+from scx.codecs.interface import FeatureCodec
 from scx.errors import SCXError
 from scx.kernels import host_worker
+from scx.kernels.host import host_kernels
 from scx.kernels.host_worker import (
     DECODE_FEATURES,
     ENCODE_FEATURES,
@@ -34,7 +35,7 @@ class HostDevice:
 
     def __init__(
         self,
-        features: Sequence[PermutationCodec],
+        features: Sequence[FeatureCodec],
         cos_sin_cache: torch.Tensor,
         is_neox_style: bool,
         num_heads: int,
@@ -75,8 +76,10 @@ class HostDevice:
             (len(slots), max_tokens), dtype=torch.uint64, device=self.device
         )
         words_left = torch.zeros(len(slots), dtype=torch.int64, device=self.device)
-        keys = torch.stack([each.key for each in self.features])
-        inverse_keys = keys.argsort(-1)
+        codec = features[0].name
+        tables = zip(*(each.tables for each in self.features), strict=True)
+        pack = host_kernels(dtype, codec).pack
+        encoding_keys, decoding_keys = (pack(torch.stack(layers)) for layers in tables)
         arguments = (
             self._stop.data_ptr(),
             self.mailbox.bell.data_ptr(),
@@ -88,8 +91,8 @@ class HostDevice:
             _elements(self.mailbox.outbox),
             self.mailbox.positions.numpy(),
             torch.tensor(hops, dtype=torch.int64, device=self.device).numpy(),
-            keys.to(torch.uint16).numpy(),
-            inverse_keys.to(torch.uint16).numpy(),
+            encoding_keys,
+            decoding_keys,
             cos_sin_cache.to(self.device, torch.float32).contiguous().numpy(),
             num_heads,
             is_neox_style,
@@ -97,7 +100,7 @@ class HostDevice:
             words_left.numpy(),
             self.counters.numpy(),
         )
-        serve = host_worker.worker_loop(dtype)
+        serve = host_worker.worker_loop(dtype, codec)
         # The threads hold the arrays; these tensors are only looked at through them.
         self._threads = [
             threading.Thread(
@@ -165,7 +168,7 @@ class HostSecureLayer:
         output.copy_(self._host.exchange(attention, self._hop(DECODE_FEATURES)))
 
     @property
-    def features(self) -> PermutationCodec:
+    def features(self) -> FeatureCodec:
         """As SecureLayer.features."""
         return self._host.features[self._slot]
 

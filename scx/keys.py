@@ -88,11 +88,13 @@ def scx_env_init(
     enc_layers: str | Iterable[int],
     secure_device: str = "cpu",
     enable_debug: bool | str = False,
+    codec: str | None = None,
 ) -> None:
     """Set the SCX_* variables for this process and its children.
 
     Call it before the first engine of the process. `enc_layers` is a string
-    as in SCX_ENC_LAYERS or an iterable of layer indices.
+    as in SCX_ENC_LAYERS or an iterable of layer indices. Without `codec`,
+    SCX_CODEC stays as it is.
 
     Raises SCXConfigError, and sets nothing, where a value is malformed, where
     vLLM would not load this plugin, or where vLLM already read another
@@ -104,7 +106,7 @@ def scx_env_init(
         ENC_LAYERS: enc_layers,
         SECURE_DEVICE: str(secure_device),
         ENABLE_DEBUG: str(enable_debug),
-    }
+    } | ({CODEC: codec} if codec is not None else {})
     config = parse_config({**os.environ, **variables})
     if obstacle := plugin_obstacle():
         raise SCXConfigError(obstacle)

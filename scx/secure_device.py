@@ -5,36 +5,14 @@ the codec in plain torch operations on any torch device.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import wraps
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 
 from scx import codec
 from scx.codecs.interface import FeatureCodec
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
-
-def _timed(
-    call: Callable[Concatenate["SecureLayer", Parameters], Result],
-) -> Callable[Concatenate["SecureLayer", Parameters], Result]:
-    """Have `busy_since` say when the call that runs began."""
-
-    @wraps(call)
-    def timed(
-        self: "SecureLayer", *args: Parameters.args, **kwargs: Parameters.kwargs
-    ) -> Result:
-        self.busy_since = time.monotonic()
-        try:
-            return call(self, *args, **kwargs)
-        finally:
-            self.busy_since = None
-
-    return timed
 
 
 @dataclass
@@ -49,6 +27,9 @@ class Traffic:
     """Bytes that the secure device received."""
     bytes_out: int = 0
     """Bytes that the accelerator received."""
+    secure_seconds: float | None = None
+    """Seconds that the secure device worked, transfers left out; None where nobody
+    measures that. What it only queues counts as the time to queue it."""
 
 
 class SecureLayer:
@@ -60,7 +41,7 @@ class SecureLayer:
     """
 
     busy_since: float | None = None
-    """When the call that runs began, by time.monotonic; None between calls."""
+    """When the call that runs began, by time.monotonic; None after one that ended."""
     norms: Sequence[Any] = ()
     """The modules RMSNorm of queries and of keys, of the models that have them. Their
     weights are public and load after the model is built, so each step reads them."""
@@ -78,6 +59,8 @@ class SecureLayer:
         """
         self.device = device
         self._traffic = Traffic()
+        self._seconds = 0.0
+        self._received = 0.0
         self.features = features.to(device)
         self._cos_sin_cache = cos_sin_cache.to(device)
         self._is_neox_style = is_neox_style
@@ -85,7 +68,6 @@ class SecureLayer:
         self._split = [num_heads * features.head_dim, kv_size, kv_size]
         self._pi = torch.empty(0, dtype=torch.int64)
 
-    @_timed
     def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The rows of `hidden_states` (T, H) in an order that nobody else knows.
 
@@ -97,7 +79,6 @@ class SecureLayer:
         rows = codec.embeddings_pi_left(hidden_states, self._pi)
         return self._send(accelerator, rows)[0]
 
-    @_timed
     def encode_features(
         self, qkv: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -132,7 +113,6 @@ class SecureLayer:
         )
         return q, k, v
 
-    @_timed
     def decode_features(self, attention: torch.Tensor, output: torch.Tensor) -> None:
         """Write the decoded features of `attention` (T, N x D) to `output`.
 
@@ -145,19 +125,25 @@ class SecureLayer:
     @property
     def traffic(self) -> Traffic:
         """What crossed so far."""
-        return self._traffic
+        return replace(self._traffic, secure_seconds=self._seconds)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a secure device and its keys are neither copied nor pickled")
 
     def _receive(self, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.device]:
+        self.busy_since = time.monotonic()
         self._traffic.crossings += 1
         self._traffic.bytes_in += sum(tensor.nbytes for tensor in tensors)
-        return [tensor.to(self.device) for tensor in tensors], tensors[0].device
+        received = [tensor.to(self.device) for tensor in tensors]
+        self._received = time.monotonic()
+        return received, tensors[0].device
 
     def _send(
         self, accelerator: torch.device, *tensors: torch.Tensor
     ) -> list[torch.Tensor]:
+        self._seconds += time.monotonic() - self._received
         self._traffic.crossings += 1
         self._traffic.bytes_out += sum(tensor.nbytes for tensor in tensors)
-        return [tensor.to(accelerator) for tensor in tensors]
+        sent = [tensor.to(accelerator) for tensor in tensors]
+        self.busy_since = None
+        return sent

@@ -40,6 +40,8 @@ def save(path, records):
         ("0", Arm("0@cpu", "0", "cpu")),
         ("27,0,27", Arm("0,27@cpu", "0,27", "cpu")),
         ("all@cuda:1", Arm("all@cuda:1", "all", "cuda:1")),
+        ("0@cuda:1+affine", Arm("0@cuda:1+affine", "0", "cuda:1", "affine")),
+        ("all+permutation", Arm("all@cpu", "all", "cpu")),
         ("off", Arm("off", "", "cpu")),
     ],
 )

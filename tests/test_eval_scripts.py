@@ -37,6 +37,7 @@ PLAN = Plan(
         accelerator="device",
     ),
     secure_device="cpu",
+    codec="permutation",
     provenance={"cores": 1, "commit": None, "dirty": None},
 )
 
@@ -135,7 +136,8 @@ def test_the_arms_and_their_layers(variables, tmp_path):
     assert plan.tasks == ["pydoc", "other"]
     assert (plan.setting.limit, plan.setting.dtype) == (7, "bfloat16")
     assert {"vllm", "lm-eval", "scx-vllm"} <= plan.setting.versions.keys()
-    assert run_eval.arm_name("0", "cuda:1") == "scx-0@cuda:1"
+    other = replace(plan, secure_device="cuda:1", codec="affine")
+    assert run_eval.arm_name("0", other) == "scx-0@cuda:1+affine"
 
 
 @pytest.fixture

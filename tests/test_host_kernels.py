@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scx import codec
+from scx.codecs.affine import AffineCodec
 from scx.errors import SCXError
-from scx.kernels import host
+from scx.kernels import affine, panels
+from scx.kernels import rows as row_kernels
 from scx.kernels.host import host_kernels
+from scx.keys import RootKey
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_POSITION = 50
@@ -108,7 +111,7 @@ def test_encode_rows_is_the_codecs(dtype, rows, columns, seed):
     source = random_rows(rows, columns, dtype)
     pi, pi_array, _ = random_shuffle(rows)
     result = poisoned(rows, columns, dtype)
-    kernel = host_kernels(dtype).encode_rows
+    kernel = host_kernels(dtype, "permutation").encode_rows
     in_pieces(kernel, result, elements(source), elements(result), pi_array)
     assert_same_bits(result, codec.embeddings_pi_left(source, pi))
 
@@ -128,7 +131,7 @@ def test_encode_features_is_the_codecs(dtype, rows, shape, fraction, is_neox, se
 
     result = poisoned(rows, columns, dtype)
     in_pieces(
-        host_kernels(dtype).encode_features,
+        host_kernels(dtype, "permutation").encode_features,
         result,
         *(elements(source), elements(result), rank, positions.numpy(), cos_sin.numpy()),
         *(key.numpy().astype(np.uint16), num_heads, is_neox),
@@ -146,9 +149,94 @@ def test_decode_features_is_the_codecs(dtype, rows, shape, seed):
     key = random_key(kv_heads, head_dim)
     inverse_key = key.argsort(dim=-1).numpy().astype(np.uint16)
     result = poisoned(rows, num_heads * head_dim, dtype)
-    kernel = host_kernels(dtype).decode_features
+    kernel = host_kernels(dtype, "permutation").decode_features
     in_pieces(kernel, result, elements(source), elements(result), inverse_key)
     assert_same_bits(result, codec.decode_features(source, key))
+
+
+def rounding(heads, maps, expected):
+    """What two sums of D products in float32, each rounded once more, can differ by.
+
+    A sum of D terms is off by less than D * 2^-24 of the sum of their magnitudes, in
+    any order (N. Higham, Accuracy and Stability of Numerical Algorithms, section 4.2).
+    """
+    kv_heads, head_dim = len(maps), maps.shape[-1]
+    vectors = heads.double().unflatten(-1, (kv_heads, -1, head_dim)).abs()
+    magnitudes = torch.einsum("tmgd,mde->tmge", vectors, maps[:, :-1].double().abs())
+    magnitudes = magnitudes + maps[:, -1:].double().abs()
+    once = torch.finfo(expected.dtype)
+    return (
+        2 * (head_dim + 1) * 2**-24 * magnitudes.reshape(expected.shape)
+        + once.eps * expected.double().abs()
+        + once.smallest_normal
+    )
+
+
+def assert_equal_but_for_rounding(result, expected, allowed):
+    assert result.dtype == expected.dtype
+    assert ((result.double() - expected.double()).abs() <= allowed).all()
+
+
+@given(dtypes, few_rows, head_shapes(), st.floats(0, 1), st.booleans(), seeds)
+@settings(deadline=None, max_examples=30)
+def test_affine_features_are_the_codecs(dtype, rows, shape, fraction, is_neox, seed):
+    torch.manual_seed(seed)
+    num_heads, kv_heads, head_dim = shape
+    rotary_dim = 2 * max(1, round(fraction * head_dim / 2))
+    sizes = [heads * head_dim for heads in (num_heads, kv_heads, kv_heads)]
+    source = torch.randn(rows, sum(sizes)).to(dtype)
+    pi, _, rank = random_shuffle(rows)
+    positions = torch.randint(MAX_POSITION, (rows,))
+    cos_sin = random_angles(rotary_dim)
+    features = AffineCodec.derive(RootKey.draw(), 0, range(kv_heads), head_dim)
+    encoding, decoding = features.tables
+    kernels = host_kernels(dtype, "affine")
+
+    result = poisoned(rows, sum(sizes), dtype)
+    in_pieces(
+        kernels.encode_features,
+        result,
+        *(elements(source), elements(result), rank, positions.numpy(), cos_sin.numpy()),
+        *(kernels.pack(encoding), num_heads, is_neox),
+    )
+    q, k, v = codec.decode_rows(source, pi).split(sizes, dim=-1)
+    rotate = (positions, cos_sin, head_dim, is_neox)
+    q, k = codec.apply_rotary(q, *rotate), codec.apply_rotary(k, *rotate)
+    for ours, heads, encode, maps in zip(
+        result.split(sizes, dim=-1),
+        (q, k, v),
+        (features.encode_queries, features.encode_keys, features.encode_values),
+        encoding.chunk(3),
+        strict=True,
+    ):
+        expected = encode(heads)
+        allowed = rounding(heads, maps, expected)
+        assert_equal_but_for_rounding(ours, expected, allowed)
+
+    output = poisoned(rows, sizes[0], dtype)
+    arguments = elements(q.contiguous()), elements(output), kernels.pack(decoding)
+    in_pieces(kernels.decode_features, output, *arguments)
+    expected = features.decode_output(q)
+    assert_equal_but_for_rounding(output, expected, rounding(q, decoding, expected))
+
+
+@pytest.mark.parametrize("lanes", [16, 32])
+def test_panels_of_any_width_of_register(lanes, monkeypatch):
+    """Both widths run on any machine: LLVM splits what its registers do not hold."""
+    monkeypatch.setattr(panels, "lanes", lambda: lanes)
+    depth, head_dim = 80, 80
+    features = AffineCodec.derive(RootKey.draw(), 0, range(2), head_dim)
+    _, decoding = features.tables
+    packed = affine.pack(decoding)
+    assert packed.shape == (2, -(-head_dim // lanes), depth + 1, lanes)
+    source = torch.randn(21, 6 * head_dim)
+    output = torch.empty_like(source)
+    decode = affine.decode_features_kernel.__wrapped__
+    monkeypatch.setattr(affine, "_map_heads", affine._map_heads.__wrapped__)
+    decode(torch.float32)(source.numpy(), output.numpy(), packed, 0, len(source))
+    expected = features.decode_output(source)
+    allowed = rounding(source, decoding, expected)
+    assert_equal_but_for_rounding(output, expected, allowed)
 
 
 @pytest.mark.parametrize("is_neox", [True, False])
@@ -172,7 +260,7 @@ def test_nan_and_infinity_stay(dtype, is_neox):
     key = random_key(1, head_dim)
 
     result = torch.zeros_like(source)
-    host_kernels(dtype).encode_features(
+    host_kernels(dtype, "permutation").encode_features(
         *(elements(source), elements(result), rank, positions.numpy(), cos_sin.numpy()),
         *(key.numpy().astype(np.uint16), 2, is_neox, 0, rows),
     )
@@ -186,7 +274,7 @@ def test_nan_and_infinity_stay(dtype, is_neox):
 @each_dtype
 def test_threads_share_a_step_in_compiled_code(dtype):
     rows, columns, workers = 100, 96, 4
-    encode_rows = host_kernels(dtype).encode_rows
+    encode_rows = host_kernels(dtype, "permutation").encode_rows
 
     @numba.njit(nogil=True)
     def work(src, dst, pi, worker):
@@ -206,7 +294,7 @@ def test_threads_share_a_step_in_compiled_code(dtype):
 
 def draw(words):
     pi, rank = np.full((2, len(words)), -1, np.int32)
-    host_kernels(torch.float32).draw_permutation(words, pi, rank)
+    host_kernels(torch.float32, "permutation").draw_permutation(words, pi, rank)
     return pi, rank
 
 
@@ -232,7 +320,7 @@ def test_draw_permutation_is_uniform_over_four_rows():
     """
     expected = 1000
     words = np.empty((24 * expected, 4), np.uint64)
-    assert host_kernels(torch.float32).fill_random(words.reshape(-1)) == 0
+    assert host_kernels(torch.float32, "permutation").fill_random(words.reshape(-1)) == 0
     counts = dict.fromkeys(itertools.permutations(range(4)), 0)
     for four in words:
         counts[tuple(draw(four)[0].tolist())] += 1
@@ -245,7 +333,7 @@ def test_fill_random_fills(size):
     buffer = np.zeros(size + 1, np.uint64)
     fills = []
     for _ in range(2):
-        assert host_kernels(torch.float32).fill_random(buffer[:size]) == 0
+        assert host_kernels(torch.float32, "permutation").fill_random(buffer[:size]) == 0
         fills.extend(buffer[:size].tolist())
     assert 0 not in fills
     assert len(set(fills)) == 2 * size
@@ -254,7 +342,7 @@ def test_fill_random_fills(size):
 
 def getrandom_that(answer):
     """A stand-in for libc's: `answer` says for a size what to return, and so to fill."""
-    getrandom = host._libc_getrandom()
+    getrandom = row_kernels.libc_getrandom()
     answer = numba.njit(answer)
 
     @numba.cfunc("intp(uintp, uintp, uint32)")
@@ -275,17 +363,17 @@ def getrandom_that(answer):
 def test_fill_random_goes_on(answer):
     stand_in = getrandom_that(answer)
     words = np.zeros(100, np.uint64)
-    assert host._fill_random(stand_in.ctypes)(words) == 0
+    assert row_kernels.fill_random_kernel(stand_in.ctypes)(words) == 0
     assert words.all()
 
 
 @pytest.mark.parametrize("answer", [lambda size: -1, lambda size: 0])
 def test_fill_random_reports_failure(answer):
     stand_in = getrandom_that(answer)
-    assert host._fill_random(stand_in.ctypes)(np.zeros(4, np.uint64)) != 0
+    assert row_kernels.fill_random_kernel(stand_in.ctypes)(np.zeros(4, np.uint64)) != 0
 
 
 def test_without_getrandom_the_kernels_are_refused(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     with pytest.raises(SCXError, match="getrandom"):
-        host_kernels.__wrapped__(torch.bfloat16)
+        host_kernels.__wrapped__(torch.bfloat16, "permutation")

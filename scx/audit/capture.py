@@ -136,16 +136,14 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 def record(
     model: str,
     prompts: Sequence[list[int]],
-    codec: str | None,
     new_tokens: int,
     **engine_args: Any,
 ) -> Capture:
     """Run `prompts` (token ids) through an engine of this process and record it.
 
-    The variables of SCX must be set, and name a layer. `codec` is what was asked
-    for, or None for the default. Each prompt runs alone, then all run in one batch;
-    `new_tokens` follow each. Raises SCXUnsupportedError where the engine encodes with
-    another codec or the model norms its keys, which the attacks do not know.
+    The variables of SCX must be set, and name a layer. Each prompt runs alone, then
+    all run in one batch; `new_tokens` follow each. Raises SCXUnsupportedError for a
+    model that norms its keys, which the attacks do not know.
     """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -161,10 +159,8 @@ def record(
     )
     made: Any = engine.record_of(llm.llm_engine.vllm_config)
     layers, used = tuple(made["layers"]), made["codec"]
-    if codec is not None and codec != used:
-        raise SCXUnsupportedError(f"--codec {codec!r}: this engine encodes with {used!r}")
     (normed,) = llm.apply_model(
-        lambda loaded: hasattr(loaded.model.layers[0].self_attn, "k_norm")
+        lambda loaded: any(name.endswith(".k_norm") for name, _ in loaded.named_modules())
     )
     if normed:
         raise SCXUnsupportedError(

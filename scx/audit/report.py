@@ -1,6 +1,12 @@
-"""An audit's report: a table on the terminal, Markdown, JSON."""
+"""An audit's report: a table on the terminal, Markdown, JSON.
+
+    python -m scx.audit.report docs/audit/*.json
+
+prints what several reports have to say of the attacks in HEADLINES, side by side.
+"""
 
 import json
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +24,26 @@ NOTES = (
 )
 WHOLE_MODEL = "all"
 """In place of a layer, for attacks on all layers at once."""
+HEADLINES = (
+    "dictionary of sorted values",
+    "dictionary of head norms",
+    "token equality",
+    "known prefix, least squares: 4 tokens",
+    "known prefix, least squares: 8 tokens",
+    "known prefix, least squares: 16 tokens",
+    "moments, whitened head norms: of public text",
+    "vocabulary matching, D (cached K, V)",
+    "vocabulary matching, SD (cached K, V)",
+    "KV collision, sorted",
+    "linking the two views of V: rows, in a batch",
+    "linking the two views of V: features",
+    "batch of one",
+    "vocabulary matching, S (qkv_proj input)",
+    "vocabulary matching, none (layer input)",
+    "cached K, V of a layer in the clear",
+    "input of a layer in the clear",
+)
+"""The attacks that tell codecs and layers apart, weakest adversary first."""
 _COLUMNS = ("layer", "", "attack", "recovered", "of", "chance", "random", "wrong weights")
 
 
@@ -119,6 +145,37 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def comparison(reports: Sequence[dict[str, Any]]) -> str:
+    """HEADLINES by codec and layer, in Markdown; "of 26" where a budget left 26 tokens
+    to attack."""
+    codecs = list(dict.fromkeys(report["codec"] for report in reports))
+    found = {
+        (report["codec"], _title(finding), finding["layer"]): finding
+        for report in reports
+        for finding in report["findings"]
+    }
+    layers = list(dict.fromkeys(layer for _, _, layer in found))
+    columns = [(codec, layer) for layer in layers for codec in codecs]
+    head = [f"{codec}, {_layer_name(layer)}" for codec, layer in columns]
+    lines = [["", "attack", *head]]
+    for title in HEADLINES:
+        cells = [found.get((codec, title, layer)) for codec, layer in columns]
+        if adversaries := [cell["adversary"] for cell in cells if cell]:
+            lines.append([adversaries[0], title, *map(_cell, cells)])
+    return "\n".join(_table(lines))
+
+
+def _layer_name(layer: int | str) -> str:
+    return "any layer" if layer == WHOLE_MODEL else f"layer {layer}"
+
+
+def _cell(finding: dict[str, Any] | None) -> str:
+    if finding is None:
+        return ""
+    cut = f" of {finding['attacked']}" if finding["cut"] and finding["attacked"] else ""
+    return _percent(finding["share"]) + cut
+
+
 def write(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
     """Write name.json and name.md, and name.png where matplotlib is installed."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,3 +203,7 @@ def _table(lines: Sequence[Sequence[str]]) -> list[str]:
     """Markdown, the first line its head."""
     rule = ["---"] * len(lines[0])
     return [f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:])]
+
+
+if __name__ == "__main__":
+    print(comparison([json.loads(Path(name).read_text()) for name in sys.argv[1:]]))

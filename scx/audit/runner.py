@@ -1,5 +1,6 @@
 """The audit from end to end: capture, attack, score."""
 
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ class Settings:
     """As in SCX_ENC_LAYERS."""
     prompts: tuple[str, ...]
     codec: str | None = None
-    """Or None: the engine's default."""
+    """As in SCX_CODEC; None leaves that as it is."""
     adversaries: tuple[Adversary, ...] = ADVERSARIES
     budget: float = 240.0
     """Seconds of attacks a layer, and of those on the whole model."""
@@ -54,18 +55,21 @@ class Settings:
 
 def audit(settings: Settings) -> dict[str, Any]:
     """Run the audit in this process and return the report, ready for JSON."""
-    keys.scx_env_init(settings.layers)
+    keys.scx_env_init(settings.layers, codec=settings.codec)
     if not keys.get_scx_config().enabled:
         raise SCXConfigError(f"--layers {settings.layers!r}: name one at least, or all")
     start = time.monotonic()
+    cores = os.sched_getaffinity(0)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     capture = record(
         settings.model,
         [tokenizer.encode(prompt) for prompt in settings.prompts],
-        settings.codec,
         new_tokens=NEW_TOKENS,
         dtype=settings.dtype,
     )
+    # The engine bound this process to the cores and threads that suit its steps.
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
     captured = time.monotonic()
     findings = list(attack(capture, settings))
     return {

@@ -1,7 +1,7 @@
 """How the features of queries, keys and values are encoded: one file a codec.
 
 The rows are shuffled alike in all of them, by `scx.codec`. A third codec is one
-more file with a subclass of FeatureCodec and one more line in `load`.
+more file with a subclass of FeatureCodec and one more name in `load`.
 """
 
 from scx.codecs.interface import FeatureCodec
@@ -12,4 +12,4 @@ def load(name: str) -> type[FeatureCodec]:
     from scx.codecs.affine import AffineCodec
     from scx.codecs.permutation import PermutationCodec
 
-    return {"permutation": PermutationCodec, "affine": AffineCodec}[name]
+    return {codec.name: codec for codec in (PermutationCodec, AffineCodec)}[name]

@@ -35,6 +35,8 @@ class AffineCodec(FeatureCodec):
     times those of the heads themselves.
     """
 
+    name = "affine"
+
     def __init__(
         self, key_maps: torch.Tensor, value_maps: torch.Tensor, offsets: torch.Tensor
     ) -> None:
@@ -98,14 +100,29 @@ class AffineCodec(FeatureCodec):
     def decode_keys(self, heads: torch.Tensor) -> torch.Tensor:
         return _apply(heads, *self._keys_back)
 
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maps, each with its row below, of queries, keys and values, float32
+        (3M, D + 1, D), and of the output, float32 (M, D + 1, D)."""
+        encoding = [
+            torch.cat([maps, row[:, None]], dim=1)
+            for maps, row in (self._queries, self._keys, self._values)
+        ]
+        maps, row = self._values_back
+        return torch.cat(encoding), torch.cat([maps, row[:, None]], dim=1)
+
 
 def _apply(heads: torch.Tensor, maps: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Each head times its key/value head's map, plus that head's row."""
     kv_heads, head_dim = rows.shape
     wide = torch.promote_types(heads.dtype, torch.float32)
-    grouped = heads.unflatten(-1, (kv_heads, -1, head_dim)).to(wide)
-    mapped = grouped @ maps.to(wide) + rows[:, None].to(wide)
-    return mapped.flatten(-3).to(heads.dtype)
+    columns = heads.shape[-1] // kv_heads
+    groups = heads.reshape(-1, kv_heads, columns).to(wide).transpose(0, 1)
+    # All vectors of a map in one product: broadcast, each token would get its own copy.
+    vectors = groups.reshape(kv_heads, -1, head_dim)
+    mapped = torch.baddbmm(rows[:, None].to(wide), vectors, maps.to(wide))
+    rows_again = mapped.reshape(groups.shape).transpose(0, 1)
+    return rows_again.reshape(heads.shape).to(heads.dtype)
 
 
 def _well_conditioned(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

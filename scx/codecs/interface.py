@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from typing_extensions import Self
@@ -18,6 +18,8 @@ class FeatureCodec(ABC):
     tensors of the same shape, dtype and device; the device must be the codec's.
     """
 
+    name: ClassVar[str]
+    """Its name in `scx.keys.CODECS`."""
     kv_heads: int
     """M"""
     head_dim: int
@@ -62,6 +64,11 @@ class FeatureCodec(ABC):
     @abstractmethod
     def decode_values(self, heads: torch.Tensor) -> torch.Tensor:
         """Undo `encode_values`."""
+
+    @property
+    @abstractmethod
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The key as fused kernels take it: to encode with, and to decode the output."""
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a codec holds a key, which is neither copied nor pickled")

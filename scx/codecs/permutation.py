@@ -16,6 +16,8 @@ class PermutationCodec(FeatureCodec):
     Exact in every type: features move, and none is rounded.
     """
 
+    name = "permutation"
+
     def __init__(self, key: torch.Tensor) -> None:
         """`key` is int64 (M, D)."""
         self.key = key
@@ -39,3 +41,8 @@ class PermutationCodec(FeatureCodec):
         return codec.decode_features(heads, self.key)
 
     decode_keys = decode_values = decode_output
+
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The key and its inverse, int64 (M, D)."""
+        return self.key, self.key.argsort(-1)

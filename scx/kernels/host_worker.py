@@ -29,7 +29,8 @@ from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import intrinsic
 
-from scx.kernels.host import element_of, host_kernels
+from scx.kernels.compiled import element_of
+from scx.kernels.host import host_kernels
 from scx.kernels.protocol import (
     CHUNK_BITS,
     FLAG_BYTES,
@@ -117,15 +118,18 @@ def _libc_usleep() -> Callable:
 
 
 @functools.cache
-def worker_loop(dtype: torch.dtype) -> Callable:
-    """The compiled loop of one worker for rows of `dtype`. It returns 0 when it is
-    told to stop and 1 where the operating system gave no randomness."""
-    kernels = host_kernels(dtype)
+def worker_loop(dtype: torch.dtype, codec: str) -> Callable:
+    """The compiled loop of one worker for rows of `dtype` and a codec of features. It
+    returns 0 when it is told to stop and 1 where the operating system gave no
+    randomness."""
+    kernels = host_kernels(dtype, codec)
     encode_rows, encode_features = kernels.encode_rows, kernels.encode_features
     decode_features, fill_random = kernels.decode_features, kernels.fill_random
     draw_permutation = kernels.draw_permutation
     usleep = _libc_usleep()
     element = element_of(dtype)
+    # One more axis, for the layers.
+    keys = kernels.key.replace("[", "[:, ")
 
     @numba.njit(nogil=True, error_model="numpy")
     def wait_for(address, value):
@@ -154,9 +158,8 @@ def worker_loop(dtype: torch.dtype) -> Callable:
 
     @numba.njit(
         "intp(intp, intp, intp, intp, intp, intp, intp, "
-        f"{element}[::1], {element}[::1], int64[::1], int64[:, ::1], uint16[:, :, ::1], "
-        "uint16[:, :, ::1], float32[:, ::1], intp, boolean, uint64[:, ::1], int64[::1], "
-        "int64[:, ::1])",
+        f"{element}[::1], {element}[::1], int64[::1], int64[:, ::1], {keys}, {keys}, "
+        "float32[:, ::1], intp, boolean, uint64[:, ::1], int64[::1], int64[:, ::1])",
         nogil=True,
         error_model="numpy",
     )
@@ -172,8 +175,8 @@ def worker_loop(dtype: torch.dtype) -> Callable:
         outbox,
         positions,
         hops,
-        keys,
-        inverse_keys,
+        encoding_keys,
+        decoding_keys,
         cos_sin,
         num_heads,
         is_neox_style,
@@ -234,7 +237,7 @@ def worker_loop(dtype: torch.dtype) -> Callable:
                 last = min(first + rows, tokens)
                 if kind == DECODE_FEATURES:
                     wait_for_chunks(ready, chunk, chunk + 1, turn)
-                    decode_features(source, target, inverse_keys[layer], first, last)
+                    decode_features(source, target, decoding_keys[layer], first, last)
                 else:
                     group = first // GROUP_ROWS
                     begin = group * GROUP_ROWS
@@ -260,7 +263,7 @@ def worker_loop(dtype: torch.dtype) -> Callable:
                             rank,
                             positions[begin:end],
                             cos_sin,
-                            keys[layer],
+                            encoding_keys[layer],
                             num_heads,
                             is_neox_style,
                             first - begin,

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
@@ -11,7 +12,7 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-from scx import codecs, engine, watchdog
+from scx import codecs, engine, metrics, watchdog
 from scx.attention import OP_NAME, SCXAttention, logger
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
 from scx.keys import RootKey, SCXConfig, get_scx_config
@@ -48,6 +49,11 @@ class SCXForCausalLM(nn.Module):
             attention.key_fingerprint = root.fingerprint
             _announce(attention, vllm_config)
         _attach_secure_layers(self.encoded, vllm_config, config, root)
+        secure_layers = [attention.secure for attention in self.encoded]
+        metrics.count_layers(secure_layers)
+        # An accelerator's own counters cannot be read without a wait for it.
+        if not engine.uses_accelerator(config, vllm_config.model_config):
+            metrics.Reporter(secure_layers, envs.VLLM_LOG_STATS_INTERVAL).start()
         logger.info(
             "SCX encodes the attention of layers %s of %s: %s codec, secure device %s, "
             "graph mode %s, key %s",
@@ -90,8 +96,7 @@ def _attach_secure_layers(
 ) -> None:
     """Give each layer its secure device's side, with the key that is its own."""
     codec = codecs.load(config.codec)
-    # Any, as the fused paths take permutations alone, which the engine has seen to.
-    features: list[Any] = [
+    features = [
         codec.derive(root, layer.layer_index, _global_kv_heads(layer), layer.head_dim)
         for layer in layers
     ]

@@ -1,0 +1,175 @@
+"""The permutation codec of features on the cores of the host.
+
+Features are rotated, permuted and put in their rows' order in one pass over
+memory. Results are equal to the codec's bit for bit.
+"""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from scx.kernels import avx512
+from scx.kernels.compiled import element_of, helper, kernel
+from scx.kernels.rotary import rotate_heads
+from scx.kernels.rows import prefetch_row
+
+KEY = "uint16[:, ::1]"
+"""numba's type of a layer's key: the feature of a head that each one comes from."""
+
+
+def pack(key: torch.Tensor) -> np.ndarray:
+    """`key` int64 (..., M, D) as the kernels take it."""
+    return key.to(torch.uint16).contiguous().numpy()
+
+
+@functools.cache
+def encode_features_kernel(dtype: torch.dtype) -> Callable:
+    element = element_of(dtype)
+    permute_heads, turn_heads = _permute_heads(dtype), _turn_heads(dtype)
+
+    @kernel(
+        f"void({element}[:, ::1], {element}[:, ::1], int32[::1], int64[::1], "
+        f"float32[:, ::1], {KEY}, intp, boolean, intp, intp)"
+    )
+    def encode_features(
+        src, dst, rank, positions, cos_sin, key, num_heads, is_neox_style, first, last
+    ):
+        """Rotate and permute the features of rows that `encode_rows` has shuffled.
+
+        Row j of `dst` comes from row rank[j] of `src`, where `rank`, int32 (T,),
+        is the inverse of the shuffle. Both are (T, (N + 2M) x D): queries, keys,
+        values. Queries and keys turn to positions[j], int64 (T,), by `cos_sin`,
+        float32 (max_position, R): cosines, then sines. Feature d of the result
+        is the rotated feature key[m, d] of its head, with `key` uint16 (M, D).
+        """
+        kv_heads, head_dim = key.shape
+        queries = num_heads * head_dim
+        turning = queries + kv_heads * head_dim
+        rotated = np.empty(queries, src.dtype)
+        for j in range(first, last):
+            if j + 1 < last:
+                prefetch_row(src[rank[j + 1]])
+            row, encoded, angles = src[rank[j]], dst[j], cos_sin[positions[j]]
+            turn_heads(
+                row[:queries], encoded[:queries], key, angles, is_neox_style, rotated
+            )
+            turn_heads(
+                row[queries:turning],
+                encoded[queries:turning],
+                key,
+                angles,
+                is_neox_style,
+                rotated,
+            )
+            permute_heads(row[turning:], encoded[turning:], key)
+
+    return encode_features
+
+
+@functools.cache
+def decode_features_kernel(dtype: torch.dtype) -> Callable:
+    element = element_of(dtype)
+    permute_heads = _permute_heads(dtype)
+
+    @kernel(f"void({element}[:, ::1], {element}[:, ::1], {KEY}, intp, intp)")
+    def decode_features(src, dst, inverse_key, first, last):
+        """Feature d of a head in `dst` becomes its feature inverse_key[m, d] in `src`.
+
+        `src` and `dst` are (T, N x D), `inverse_key` is uint16 (M, D).
+        """
+        for j in range(first, last):
+            permute_heads(src[j], dst[j], inverse_key)
+
+    return decode_features
+
+
+def _has_registers(dtype: torch.dtype) -> bool:
+    """Whether `scx.kernels.avx512` can be used for some sizes of a head."""
+    return dtype != torch.float32 and avx512.is_available()
+
+
+@functools.cache
+def _heads_in_registers(head_dim: int, rotated: torch.dtype | None) -> Callable:
+    one_head = avx512.head_function(head_dim, rotated)
+
+    @helper
+    def heads_in_registers(src, dst, key, cos_sin):
+        """The function for each of one row's heads."""
+        kv_heads = key.shape[0]
+        group, size = dst.size // key.size, 2 * head_dim
+        source, target = src.ctypes.data, dst.ctypes.data
+        for m in range(kv_heads):
+            entry = key.ctypes.data + m * size
+            for start in range(m * group * size, (m + 1) * group * size, size):
+                one_head(source + start, target + start, entry, cos_sin)
+
+    return heads_in_registers
+
+
+@functools.cache
+def _permute_heads(dtype: torch.dtype) -> Callable:
+    @helper
+    def permute_head(src, dst, key):
+        for d in range(np.uintp(key.size)):
+            dst[d] = src[np.uintp(key[d])]
+
+    @helper
+    def permute_heads(src, dst, key):
+        """One row's heads, which may be queries or keys or values: (heads x D)."""
+        kv_heads, head_dim = key.shape
+        group_columns = src.size // kv_heads
+        for m in range(kv_heads):
+            for start in range(m * group_columns, (m + 1) * group_columns, head_dim):
+                end = start + head_dim
+                permute_head(src[start:end], dst[start:end], key[m])
+
+    if not _has_registers(dtype):
+        return permute_heads
+    permute_64, permute_128 = (
+        _heads_in_registers(64, None),
+        _heads_in_registers(128, None),
+    )
+
+    @helper
+    def permute_heads_avx512(src, dst, key):
+        if key.shape[1] == 64:
+            permute_64(src, dst, key, 0)
+        elif key.shape[1] == 128:
+            permute_128(src, dst, key, 0)
+        else:
+            permute_heads(src, dst, key)
+
+    return permute_heads_avx512
+
+
+@functools.cache
+def _turn_heads(dtype: torch.dtype) -> Callable:
+    permute_heads, rotate = _permute_heads(dtype), rotate_heads(dtype)
+
+    @helper
+    def turn_heads(src, dst, key, cos_sin, is_neox_style, rotated):
+        """Rotate and permute one row's heads, queries or keys, by one position's angles.
+
+        `rotated` is scratch memory of their size or more.
+        """
+        rotate(src, rotated[: src.size], cos_sin, key.shape[1], is_neox_style)
+        permute_heads(rotated[: src.size], dst, key)
+
+    if not _has_registers(dtype):
+        return turn_heads
+    turn_64 = _heads_in_registers(64, dtype)
+    turn_128 = _heads_in_registers(128, dtype)
+
+    @helper
+    def turn_heads_avx512(src, dst, key, cos_sin, is_neox_style, rotated):
+        all_turn = is_neox_style and cos_sin.size == key.shape[1]
+        if all_turn and key.shape[1] == 64:
+            turn_64(src, dst, key, cos_sin.ctypes.data)
+        elif all_turn and key.shape[1] == 128:
+            turn_128(src, dst, key, cos_sin.ctypes.data)
+        else:
+            turn_heads(src, dst, key, cos_sin, is_neox_style, rotated)
+
+    return turn_heads_avx512
