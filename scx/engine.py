@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 ENCODED_CLASSES = {
+    "Ernie4_5ForCausalLM": "scx.models.ernie45_scx:Ernie4_5SCXForCausalLM",
     "LlamaForCausalLM": "scx.models.llama_scx:LlamaSCXForCausalLM",
     "MistralForCausalLM": "scx.models.mistral_scx:MistralSCXForCausalLM",
+    "Phi3ForCausalLM": "scx.models.phi3_scx:Phi3SCXForCausalLM",
     "Qwen2ForCausalLM": "scx.models.qwen2_scx:Qwen2SCXForCausalLM",
     "Qwen3ForCausalLM": "scx.models.qwen3_scx:Qwen3SCXForCausalLM",
 }

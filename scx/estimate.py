@@ -54,8 +54,8 @@ class Shape:
     def read(cls, model: Path, ranks: int = 1) -> "Shape":
         """From a model's config.json, split over tensor-parallel ranks.
 
-        Raises SCXConfigError where the file is not there or lacks a field, or the
-        heads cannot be split so.
+        Raises SCXConfigError where the file is not there or lacks a field, the heads
+        cannot be split so, or the fused kernels do not serve the model.
         """
         try:
             config = json.loads((model / "config.json").read_text())
@@ -67,6 +67,11 @@ class Shape:
                 f"--model {model}: a folder with a config.json that has hidden_size, "
                 f"num_hidden_layers and num_attention_heads is allowed ({error!r})"
             ) from error
+        if config.get("model_type") == "qwen3":
+            raise SCXConfigError(
+                f"--model {model}: query and key norms run in plain torch operations, of "
+                "which nothing is known here; models without them are allowed"
+            )
         if heads % ranks:
             raise SCXConfigError(
                 f"--tensor-parallel-size {ranks}: {heads} heads cannot be split so"

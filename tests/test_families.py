@@ -31,6 +31,11 @@ def models(tmp_path_factory):
     return {
         "qwen3": qwen3,
         "mistral": save(root / "mistral", "MistralForCausalLM", sliding_window=64),
+        # Its rotation pairs neighbours.
+        "ernie 4.5": save(root / "ernie", "Ernie4_5ForCausalLM"),
+        "phi-3": save(
+            root / "phi3", "Phi3ForCausalLM", pad_token_id=0, num_key_value_heads=4
+        ),
         "telechat3": alias(llama, root / "telechat3", "TeleChat3ForCausalLM"),
     }
 

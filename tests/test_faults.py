@@ -1,5 +1,6 @@
 """What breaks ends in a clear error or goes on correctly: never plain, never a hang."""
 
+import contextlib
 import json
 import logging
 import os
@@ -247,35 +248,35 @@ def test_a_full_disk_is_one_line(tmp_path):
     assert str(error.value) == f"cannot write {full}: No space left on device"
 
 
-@pytest.fixture
-def limit_file_size():
-    """Let files of this process grow to so many bytes: a disk that is nearly full."""
+@contextlib.contextmanager
+def files_end_at(size):
+    """No file of this process grows beyond so many bytes: a disk that is nearly full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
 
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_no_half_record_is_left(tmp_path, limit_file_size):
+def test_no_half_record_is_left(tmp_path):
     path = tmp_path / "records.jsonl"
     append_record(RECORD, path)
-    limit_file_size(path.stat().st_size + 40)
     for _ in range(2):
-        with pytest.raises(UsageError, match=f"cannot write {path}: "):
+        with (
+            files_end_at(path.stat().st_size + 40),
+            pytest.raises(UsageError, match=f"cannot write {path}: "),
+        ):
             append_record(RECORD, path)
     assert read_records(path) == [RECORD]
 
 
-def test_no_half_arm_is_left(tmp_path, limit_file_size, monkeypatch):
+def test_no_half_arm_is_left(tmp_path, monkeypatch):
     def fill(function, plan, layers, draft):
         (draft / "results.json").write_text("x" * 1000)
 
     monkeypatch.setattr(evaluation, "in_own_session", fill)
     folder = tmp_path / "task" / "model" / "arm"
-    limit_file_size(100)
-    with pytest.raises(OSError, match="File too large"):
+    with files_end_at(100), pytest.raises(OSError, match="File too large"):
         evaluation.run_arm(None, "", folder)
     assert not list(folder.parent.iterdir())

@@ -5,9 +5,11 @@ than it should would fail with another error.
 """
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
+from scx import engine
 from tests import tiny_models
 from tests.engines import in_new_process
 
@@ -55,10 +57,6 @@ def refusals(llama, tmp_path_factory):
         "another architecture": (config("gemma", "GemmaForCausalLM", "gemma"), {}),
         "alias": (config("alias", "TeleChat3ForCausalLM", "llama"), {}),
         "embedding": (config("embedding", "LlamaModel", "llama"), {}),
-        "several rotary positions": (
-            config("vl", "Qwen2VLForConditionalGeneration", "qwen2_vl"),
-            {},
-        ),
         "scaled queries": (
             config(
                 "ministral",
@@ -124,11 +122,6 @@ def test_what_fits_is_recorded(case, refusals):
             ["GemmaForCausalLM is not encoded", "LlamaForCausalLM", "Qwen3ForCausalLM"],
         ),
         ("embedding", "SCXUnsupportedError", ["LlamaModel is not encoded"]),
-        (
-            "several rotary positions",
-            "SCXUnsupportedError",
-            ["Qwen2VLForConditionalGeneration is not encoded"],
-        ),
         ("scaled queries", "SCXUnsupportedError", ["llama_4_scaling of the queries"]),
         ("model_impl", "SCXUnsupportedError", ["model_impl='transformers'"]),
         ("qk_norm", "SCXUnsupportedError", ["qk_norm=True is not encoded"]),
@@ -149,6 +142,30 @@ def test_refused_in_one_line_that_says_what_to_do(case, error, texts, refusals):
     assert "SCX_ENC_LAYERS='" in message
     for text in texts:
         assert text in message
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "GraniteForCausalLM",
+        "Mistral3ForConditionalGeneration",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3MoeForCausalLM",
+        "Qwen3VLForConditionalGeneration",
+    ],
+)
+def test_models_around_an_encoded_one_are_refused_by_name(architecture, monkeypatch):
+    """Those of images need packages that this environment lacks to get this far."""
+    monkeypatch.setattr(engine, "encoded_architectures", lambda: engine.ENCODED_CLASSES)
+    model = SimpleNamespace(
+        model_impl="auto", architecture=architecture, hf_text_config=SimpleNamespace()
+    )
+    (obstacle,) = engine._model_obstacles(model)
+    assert obstacle == (
+        f"{architecture} is not encoded: use one of {', '.join(engine.ENCODED_CLASSES)}, "
+        "or unset SCX_ENC_LAYERS"
+    )
 
 
 def test_layer_beyond_the_model(llama):

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from scx import engine
+from scx.errors import SCXUnsupportedError
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def record(
     """Run `prompts` (token ids) through an engine of this process and record it.
 
     The variables of SCX must be set, and name a layer. Each prompt runs alone, then
-    all run in one batch; `new_tokens` follow each.
+    all run in one batch; `new_tokens` follow each. Raises SCXUnsupportedError for a
+    model that norms its keys, which the attacks do not know.
     """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -157,6 +159,14 @@ def record(
     )
     made: Any = engine.record_of(llm.llm_engine.vllm_config)
     layers, used = tuple(made["layers"]), made["codec"]
+    (normed,) = llm.apply_model(
+        lambda loaded: any(name.endswith(".k_norm") for name, _ in loaded.named_modules())
+    )
+    if normed:
+        raise SCXUnsupportedError(
+            f"--model {model!r}: the attacks do not know key norms, as Qwen3 has: use a "
+            "Qwen2, Llama or Mistral model"
+        )
     (recorder,) = llm.apply_model(lambda loaded: Recorder(loaded, layers))
     params = SamplingParams(
         temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False

@@ -49,7 +49,7 @@ class States:
 
 
 class PublicModel:
-    """All weights of a Qwen2 or Llama model, float32 on the CPU, and its tokenizer."""
+    """All weights of a model without key norms, float32 on the CPU, and its tokenizer."""
 
     def __init__(self, model: str, wrong: torch.Generator | None = None) -> None:
         """`model` is a path or a hub name. With `wrong` each parameter's entries are
