@@ -126,21 +126,21 @@ async def send_all(
     address: str, requests: list[Request]
 ) -> tuple[list[Answer], list[float]]:
     """All answers, and the server's memory in MiB after each of them."""
-    client = openai.AsyncOpenAI(
-        base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=REQUEST_SECONDS
-    )
     # A ready server has started all its processes, and this one has no others.
     processes = psutil.Process().children(recursive=True)
     answers: dict[int, Answer] = {}
     held = []
     left = iter(enumerate(requests))
 
-    async def work() -> None:
+    async def work(client: openai.AsyncOpenAI) -> None:
         for index, request in left:
             answers[index] = await ask(client, request)
             held.append(sum(p.memory_info().rss for p in processes) / 2**20)
 
-    await asyncio.gather(*(work() for _ in range(CONCURRENCY)))
+    async with openai.AsyncOpenAI(
+        base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=REQUEST_SECONDS
+    ) as client:
+        await asyncio.gather(*(work(client) for _ in range(CONCURRENCY)))
     return [answers[index] for index in range(len(requests))], held
 
 
