@@ -14,6 +14,9 @@ from benchmark_throughput.serve import server
 from scx.embedded import embedded_model
 from tests.prompts import MIXED
 
+# Two servers start, one after the other.
+pytestmark = pytest.mark.slow
+
 ARGUMENTS = [
     "--dtype=float32",
     "--enforce-eager",
