@@ -15,10 +15,8 @@ from scx.codecs.permutation import PermutationCodec
 from scx.keys import RootKey
 from tests.engines import (
     differences,
-    engine,
     in_new_process,
     logprobs_each,
-    shut_down,
 )
 from tests.tiny_models import PROMPTS, save_int8
 
@@ -43,21 +41,23 @@ def test_int8_weights_and_activations(tiny_llama, tmp_path):
     # Each token's activations have their own scale, whatever its row, so all levels are
     # the native ones, but for sums within 1e-6 of the limit between two of 255 levels.
     error = statistics.mean(differences(native[1], native[0]))
+    assert error > 1e-2, "not quantised"
     between = differences(encoded[1], native[1])
     assert len(between) > total / 4
     assert statistics.mean(between) < error / 10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_types(dtype, tiny_llama):
-    runs = [{"model": tiny_llama, "dtype": kind} for kind in ("float32", dtype)]
+def test_half_types(tiny_llama):
+    dtypes = "float32", "float16", "bfloat16"
+    runs = [{"model": tiny_llama, "dtype": dtype} for dtype in dtypes]
     native, encoded = native_and_encoded(runs, SHORT)
-    error = statistics.mean(differences(native[1], native[0]))
-    ours = differences(encoded[1], native[0])
-    assert len(ours) > 5 * 16 * len(SHORT) / 4
-    # The factor is for the spread of two means.
-    assert statistics.mean(ours) < 1.5 * error
+    for dtype, theirs, ours in zip(dtypes, native, encoded, strict=True):
+        error = statistics.mean(differences(theirs, native[0]))
+        found = differences(ours, native[0])
+        assert len(found) > 5 * 16 * len(SHORT) / 4, dtype
+        # The factor is for the spread of two means; of float32, sums in another order.
+        assert statistics.mean(found) < 1.5 * error + 1e-4, dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -72,23 +72,3 @@ def test_an_fp8_cache_rounds_encoded_keys_and_values_as_native_ones(dtype):
 
         for encode in (features.encode_keys, features.encode_values):
             assert torch.equal(rounded(encode(heads)), encode(rounded(heads)))
-
-
-def linear_methods(model):
-    llm = engine(model, skip_tokenizer_init=True)
-    methods = llm.apply_model(
-        lambda loaded: {
-            type(projection.quant_method).__name__
-            for layer in loaded.model.layers
-            for projection in (layer.self_attn.qkv_proj, layer.self_attn.o_proj)
-        }
-    )
-    shut_down(llm)
-    return methods
-
-
-@pytest.mark.slow
-def test_the_int8_model_is_loaded_as_int8(tiny_llama, tmp_path):
-    int8 = save_int8(tiny_llama, tmp_path / "int8")
-    methods = in_new_process(linear_methods, int8, env={"SCX_ENC_LAYERS": "all"})
-    assert methods == [{"CompressedTensorsLinearMethod"}]

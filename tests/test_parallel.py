@@ -1,6 +1,7 @@
 """Several processes for one model: tensor, pipeline and data parallel."""
 
 import asyncio
+import itertools
 import secrets
 
 import pytest
@@ -42,15 +43,8 @@ def test_two_tensor_parallel_ranks(tiny_llama, native):
     assert encoded_tokens(tiny_llama, "all", tensor_parallel_size=2) == native
 
 
-# Of 4 layers a stage has 2: one in each, or encoded ones in one stage only.
-@pytest.mark.parametrize(
-    "layers",
-    [
-        "0,3",
-        pytest.param("0", marks=pytest.mark.slow),
-        pytest.param("2,3", marks=pytest.mark.slow),
-    ],
-)
+# Of 4 layers each stage has 2. In the slow case one stage has none that is encoded.
+@pytest.mark.parametrize("layers", ["0,3", pytest.param("2,3", marks=pytest.mark.slow)])
 def test_two_pipeline_stages(layers, tiny_llama, native):
     assert encoded_tokens(tiny_llama, layers, pipeline_parallel_size=2) == native
 
@@ -95,10 +89,11 @@ def test_two_data_parallel_engines(tiny_llama, native):
     assert in_new_process(generate_on_both, tiny_llama, env=env) == [native, native]
 
 
-def encoded_caches(model, ranks):
-    """Each rank's raw K and V of each layer for PROMPT: (tokens, its heads x D)."""
-    llm = engine(model, tensor_parallel_size=ranks, skip_tokenizer_init=True)
-    greedy(llm, [PROMPT], max_tokens=1)
+def tokens_and_caches(models, ranks):
+    """For each model its tokens, and each rank's raw K and V of each layer for PROMPT.
+
+    K and V are (tokens, the rank's heads x D).
+    """
 
     def read(loaded):
         return [
@@ -106,35 +101,40 @@ def encoded_caches(model, ranks):
             for layer in loaded.model.layers
         ]
 
-    caches = llm.apply_model(read)
-    shut_down(llm)
-    return caches
+    results = []
+    for model in models:
+        llm = engine(model, tensor_parallel_size=ranks, skip_tokenizer_init=True)
+        greedy(llm, [PROMPT], max_tokens=1)
+        caches = llm.apply_model(read)
+        results.append((greedy(llm, PROMPTS), caches))
+        shut_down(llm)
+    return results
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_heads", [2, 1])
-def test_a_cache_does_not_depend_on_the_number_of_ranks(kv_heads, tiny, tmp_path):
-    name = f"qwen2-{kv_heads}-kv-heads"
-    model = tiny(name, "Qwen2ForCausalLM", num_key_value_heads=kv_heads)
-    run = {"model": model, "skip_tokenizer_init": True}
-    (native,) = in_new_process(generate_each, [run], PROMPTS)
-    # More ranks than key/value heads: each rank has a copy of its head.
-    assert encoded_tokens(model, "all", tensor_parallel_size=2) == native
-
+def test_a_cache_does_not_depend_on_the_number_of_ranks(tiny, tmp_path):
     key_file = tmp_path / "key"
     key_file.touch(mode=0o600)
     key_file.write_bytes(secrets.token_bytes(32))
-    env = {"SCX_ENC_LAYERS": "all", "SCX_KEY_FILE": str(key_file)}
-    (plain,) = in_new_process(encoded_caches, model, 1)
-    (whole,) = in_new_process(encoded_caches, model, 1, env=env)
-    ranks = in_new_process(encoded_caches, model, 2, env=env | PROCESSES)
-    for layer in range(LAYERS):
-        for kind in (0, 1):
-            halves = [rank[layer][kind] for rank in ranks]
-            if kv_heads == 1:
-                assert torch.equal(*halves)
-                del halves[1]
-            torch.testing.assert_close(
-                torch.cat(halves, 1), whole[layer][kind], **TOLERANCE
+    encoded = {"SCX_ENC_LAYERS": "all", "SCX_KEY_FILE": str(key_file)}
+    # With one key/value head, each of two ranks has a copy of it.
+    models = [
+        tiny(f"{count}-kv-heads", "Qwen2ForCausalLM", num_key_value_heads=count)
+        for count in (1, 2)
+    ]
+    native, single, double = (
+        in_new_process(tokens_and_caches, models, ranks, env=env)
+        for ranks, env in ((1, {}), (1, encoded), (2, encoded | PROCESSES))
+    )
+    for kv_heads, plain, whole, parts in zip((1, 2), native, single, double, strict=True):
+        assert plain[0] == whole[0] == parts[0]
+        for layer, kind in itertools.product(range(LAYERS), range(2)):
+            (clear,), (one,) = (
+                [rank[layer][kind] for rank in caches] for _, caches in (plain, whole)
             )
-            assert (whole[layer][kind] - plain[layer][kind]).abs().max() > 0.1
+            ranks = [rank[layer][kind] for rank in parts[1]]
+            if kv_heads == 1:
+                assert torch.equal(*ranks)
+                del ranks[1]
+            torch.testing.assert_close(torch.cat(ranks, 1), one, **TOLERANCE)
+            assert (one - clear).abs().max() > 0.1
