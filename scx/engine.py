@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from scx import keys, kv_store
 from scx.errors import SCXConfigError, SCXUnsupportedError
-from scx.keys import ENC_LAYERS, SECURE_DEVICE, RootKey, SCXConfig, get_scx_config
+from scx.keys import (
+    CODEC,
+    ENC_LAYERS,
+    SECURE_DEVICE,
+    RootKey,
+    SCXConfig,
+    get_scx_config,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -33,6 +40,8 @@ ENCODED_CLASSES = {
 
 _NORMED = "Qwen3SCXForCausalLM"
 """The class that norms queries and keys, which the fused kernels do not."""
+_MODEL_FREE_DRAFTS = ("ngram", "suffix")
+"""Speculative methods that look drafts up in earlier tokens, on the host."""
 _RECORD = "scx"
 
 
@@ -261,8 +270,13 @@ def _feature_obstacles(vllm_config: "VllmConfig", config: SCXConfig) -> Iterator
             "LoRA picks adapters by row, and rows are shuffled: leave out enable_lora "
             "or merge the adapter into the weights"
         )
-    if vllm_config.speculative_config is not None:
-        yield "speculative decoding is not encoded yet: leave out speculative_config"
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in _MODEL_FREE_DRAFTS:
+        yield (
+            f"speculative method {speculative.method!r} may draft with a model, which "
+            "computes the same tokens in the clear: use "
+            f"{' or '.join(_MODEL_FREE_DRAFTS)}, or leave out speculative_config"
+        )
     yield from kv_store.obstacles(vllm_config, config)
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
         yield "sleep mode may discard the secure step's counters: leave it out"
@@ -275,12 +289,21 @@ def _feature_obstacles(vllm_config: "VllmConfig", config: SCXConfig) -> Iterator
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             yield f"{name} merges outputs of several keys: leave it at 1"
-    if getattr(parallel, "enable_dbo", False):
-        yield "dual batch overlap runs two steps at once in a layer: leave out enable_dbo"
+    if getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1:
+        yield (
+            "dual batch overlap runs two steps at once in a layer: leave out enable_dbo "
+            "and ubatch_size"
+        )
     cache_dtype = vllm_config.cache_config.cache_dtype
+    if "fp8" in cache_dtype and config.codec != "permutation":
+        yield (
+            f"kv_cache_dtype={cache_dtype!r} clips at scales made for K and V as they "
+            f"are, and {CODEC}={config.codec!r} stretches them: use auto, or the "
+            "permutation codec"
+        )
     if cache_dtype not in ("auto", "float16", "bfloat16") and "fp8" not in cache_dtype:
         yield (
-            f"kv_cache_dtype={cache_dtype!r} scales groups of features, which are "
+            f"kv_cache_dtype={cache_dtype!r} may round groups of features, which are "
             "permuted: use auto or an fp8 type"
         )
 

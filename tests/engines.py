@@ -118,3 +118,17 @@ def logprobs_each(
         )
         shut_down(llm)
     return results
+
+
+def differences(
+    result: list[list[dict[int, float]]], reference: list[list[dict[int, float]]]
+) -> list[float]:
+    """Of the five likeliest tokens' log-probabilities, up to where the texts part."""
+    found = []
+    for ours, theirs in zip(result, reference, strict=True):
+        for mine, other in zip(ours, theirs, strict=True):
+            likeliest = sorted(other, key=other.get, reverse=True)[:5]
+            found += [abs(mine[token] - other[token]) for token in likeliest]
+            if max(mine, key=mine.get) != likeliest[0]:
+                break
+    return found

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scx.codecs.affine import CONDITION
-from tests.engines import in_new_process, logprobs_each
+from tests.engines import differences, in_new_process, logprobs_each
 from tests.tiny_models import PROMPTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -62,18 +62,6 @@ def run(model, modes, **env):
 def native(tiny_qwen2):
     results = run(tiny_qwen2, ["default"])
     return {dtype: results["default", dtype] for dtype in DTYPES}
-
-
-def differences(result, reference):
-    """Of the five likeliest tokens' log-probabilities, up to where the texts part."""
-    found = []
-    for ours, theirs in zip(result, reference, strict=True):
-        for mine, other in zip(ours, theirs, strict=True):
-            likeliest = sorted(other, key=other.get, reverse=True)[:5]
-            found += [abs(mine[token] - other[token]) for token in likeliest]
-            if max(mine, key=mine.get) != likeliest[0]:
-                break
-    return found
 
 
 @pytest.mark.parametrize("kind", ENCODED)

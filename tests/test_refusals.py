@@ -13,6 +13,14 @@ from scx import engine
 from tests import tiny_models
 from tests.engines import in_new_process
 
+DRAFTING = {
+    "draft_model": ("LlamaForCausalLM", "llama"),
+    "eagle": ("EagleLlamaForCausalLM", "llama"),
+    "eagle3": ("Eagle3LlamaForCausalLM", "llama"),
+    "medusa": ("MedusaModel", "medusa"),
+}
+"""Speculative methods with a draft model: its architecture and model type."""
+
 
 def configure_each(cases):
     """For each (engine arguments, variables): error type and text, or the record."""
@@ -52,6 +60,11 @@ def refusals(llama, tmp_path_factory):
         return {"model": str(folder)}
 
     model = {"model": str(llama)}
+
+    def speculating(method, draft=None):
+        speculation = {"method": method, "model": draft, "num_speculative_tokens": 2}
+        return model | {"speculative_config": speculation}, {}
+
     cases = {
         "no obstacle": (model, {}),
         "another architecture": (config("gemma", "GemmaForCausalLM", "gemma"), {}),
@@ -79,11 +92,15 @@ def refusals(llama, tmp_path_factory):
         ),
         "encoder": (config("enc", "LlamaForCausalLM", "llama", is_causal=False), {}),
         "lora": (model | {"enable_lora": True}, {}),
-        "speculation": (
-            model
-            | {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            {},
-        ),
+        **{
+            method: speculating(method, config(method, *draft)["model"])
+            for method, draft in DRAFTING.items()
+        },
+        "custom_class": speculating("custom_class", "builtins.object"),
+        "ngram": speculating("ngram"),
+        "dual batch": (model | {"ubatch_size": 2}, {}),
+        "int8 cache": (model | {"kv_cache_dtype": "int8_per_token_head"}, {}),
+        "fp8 cache": (model | {"kv_cache_dtype": "fp8"}, {}),
         "kv transfer": (
             model
             | {
@@ -128,7 +145,12 @@ def test_what_fits_is_recorded(case, refusals):
         ("dual chunk", "SCXUnsupportedError", ["dual chunk attention is not encoded"]),
         ("encoder", "SCXUnsupportedError", ["encoder-only attention"]),
         ("lora", "SCXUnsupportedError", ["LoRA picks adapters by row"]),
-        ("speculation", "SCXUnsupportedError", ["speculative decoding"]),
+        *(
+            (method, "SCXUnsupportedError", [f"method {method!r} may draft with a model"])
+            for method in (*DRAFTING, "custom_class")
+        ),
+        ("dual batch", "SCXUnsupportedError", ["leave out enable_dbo and ubatch_size"]),
+        ("int8 cache", "SCXUnsupportedError", ["kv_cache_dtype='int8_per_token_head'"]),
         ("kv transfer", "SCXUnsupportedError", ["SCX_KEY_FILE"]),
         ("kv offload", "SCXUnsupportedError", ["the KV connector lmcache"]),
         ("late", "SCXConfigError", ["SCX_ENC_LAYERS='1'", "then '0,3'"]),
@@ -166,6 +188,20 @@ def test_models_around_an_encoded_one_are_refused_by_name(architecture, monkeypa
         f"{architecture} is not encoded: use one of {', '.join(engine.ENCODED_CLASSES)}, "
         "or unset SCX_ENC_LAYERS"
     )
+
+
+@pytest.mark.parametrize("case", ["ngram", "fp8 cache"])
+def test_not_refused(case, refusals):
+    assert refusals[case][0] == "configured"
+
+
+def test_fp8_cache_with_a_codec_that_stretches(llama):
+    case = ({"model": str(llama), "kv_cache_dtype": "fp8"}, {})
+    env = {"SCX_ENC_LAYERS": "0", "SCX_CODEC": "affine"}
+    ((kind, message),) = outcomes([case], env)
+    assert kind == "SCXUnsupportedError"
+    assert "kv_cache_dtype='fp8'" in message
+    assert "SCX_CODEC='affine'" in message
 
 
 def test_layer_beyond_the_model(llama):
