@@ -43,10 +43,19 @@ def test_two_tensor_parallel_ranks(tiny_llama, native):
     assert encoded_tokens(tiny_llama, "all", tensor_parallel_size=2) == native
 
 
-# Of 4 layers each stage has 2. In the slow case one stage has none that is encoded.
-@pytest.mark.parametrize("layers", ["0,3", pytest.param("2,3", marks=pytest.mark.slow)])
+# Of 4 layers each stage has 2. With layer 3 alone, the first has none that is encoded.
+@pytest.mark.parametrize("layers", ["0,3", pytest.param("3", marks=pytest.mark.slow)])
 def test_two_pipeline_stages(layers, tiny_llama, native):
-    assert encoded_tokens(tiny_llama, layers, pipeline_parallel_size=2) == native
+    tokens = encoded_tokens(
+        tiny_llama,
+        layers,
+        pipeline_parallel_size=2,
+        # vLLM's CPU worker allocates what a later stage receives in its warm-up, which
+        # it leaves out when it is eager. Traced, not compiled: quicker, the same code.
+        enforce_eager=False,
+        compilation_config={"mode": 2, "backend": "eager"},
+    )
+    assert tokens == native
 
 
 def generate_on_both(model):
