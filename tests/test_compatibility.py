@@ -1,0 +1,88 @@
+"""The table of vLLM versions, and that the declared range says no more than it does."""
+
+import json
+import re
+
+import pytest
+from packaging.specifiers import SpecifierSet
+
+from scripts import compatibility
+from scripts.compatibility_probe import CHECKS, verdict
+
+PASSED = dict.fromkeys(CHECKS, "pass")
+VERSIONS = {"vllm": "0.32.0+cpu", "torch": "2.13.0+cpu", "transformers": "5.16.1"}
+
+
+def entry(vllm, **found):
+    return {"vllm": vllm, "date": "2026-11-24"} | found
+
+
+def tables(text):
+    """The cells of each row, and the notes."""
+    lines = text.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| 0.")]
+    return rows, [line for line in lines if line.startswith("- ")]
+
+
+def test_the_table_says_what_passed_and_what_was_said():
+    rows = [
+        entry("0.32.0", versions=VERSIONS, checks=PASSED),
+        entry("0.31.0", versions=VERSIONS, checks=PASSED | {"refusal": "not refused"}),
+        entry("0.11.2", error="no torch==2.8.0+cpu"),
+    ]
+    table, notes = tables(compatibility.markdown(rows))
+    every = len(CHECKS)
+    assert table == [
+        ["0.32.0", "2.13.0+cpu", "5.16.1", *["pass"] * every, "2026-11-24"],
+        ["0.31.0", "2.13.0+cpu", "5.16.1", *["pass"] * (every - 1), "fail", "2026-11-24"],
+        ["0.11.2", "-", "-", *["-"] * every, "2026-11-24"],
+    ]
+    assert notes == ["- 0.31.0, refusal: not refused", "- 0.11.2: no torch==2.8.0+cpu"]
+    assert [compatibility.works(row) for row in rows] == [True, False, False]
+
+
+def test_a_new_row_replaces_its_versions_old_one():
+    rows = []
+    for vllm in ("0.9.2", "0.11.2", "0.32.0", "0.11.2"):
+        rows = compatibility.merge(rows, entry(vllm, error=str(len(rows))))
+    assert [row["vllm"] for row in rows] == ["0.32.0", "0.11.2", "0.9.2"]
+    assert rows[1]["error"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("native", "encoded", "expected"),
+    [
+        ({"tokens": [[1], [2]]}, {"tokens": [[1], [2]], "encoded": 2}, "pass"),
+        (
+            {"tokens": [[1], [2]]},
+            {"tokens": [[1], [3]], "encoded": 2},
+            "in 1 of 2 prompts",
+        ),
+        ({"tokens": [[1]]}, {"tokens": [[1]], "encoded": 0}, "0 of 2 in the encoded"),
+        ({"tokens": [[1]]}, {"error": "E: no"}, "E: no"),
+        ({"error": "E: no"}, {"error": "E: other"}, "vLLM itself: E: no"),
+    ],
+)
+def test_the_verdict_on_a_pair_of_engines(native, encoded, expected):
+    assert expected in verdict({"encoded": 0} | native, encoded)
+
+
+def test_the_declared_range_says_no_more_than_the_table():
+    rows = json.loads((compatibility.DOCS / "compatibility.json").read_text())
+    project = (compatibility.REPOSITORY / "pyproject.toml").read_text()
+    declared = SpecifierSet(re.search(r'dependencies = \["vllm([^"]+)"', project)[1])
+    minors = {
+        compatibility.key(row["vllm"])[1] for row in rows if compatibility.works(row)
+    }
+    claimed = {minor for minor in range(1000) if declared.contains(f"0.{minor}.99")}
+    assert claimed
+    assert claimed <= minors
+    assert not declared.contains("1.0")
+    for row in rows:
+        assert compatibility.works(row) or not declared.contains(row["vllm"])
+
+
+def test_the_table_is_the_files():
+    rows = json.loads((compatibility.DOCS / "compatibility.json").read_text())
+    text = (compatibility.DOCS / "versions.md").read_text()
+    assert text == compatibility.markdown(rows)
