@@ -4,8 +4,9 @@ This is the one place where tensors cross, and it counts what crosses. It runs
 the codec in plain torch operations on any torch device.
 """
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -41,7 +42,7 @@ class SecureLayer:
     """
 
     busy_since: float | None = None
-    """When the call that runs began, by time.monotonic; None after one that ended."""
+    """When the call that runs began, by time.monotonic; None between calls."""
     norms: Sequence[Any] = ()
     """The modules RMSNorm of queries and of keys, of the models that have them. Their
     weights are public and load after the model is built, so each step reads them."""
@@ -73,11 +74,12 @@ class SecureLayer:
 
         Both are on the accelerator. Each call draws a fresh permutation.
         """
-        (hidden_states,), accelerator = self._receive(hidden_states)
-        self._traffic.steps += 1
-        self._pi = codec.draw_permutation(hidden_states.shape[0], self.device)
-        rows = codec.embeddings_pi_left(hidden_states, self._pi)
-        return self._send(accelerator, rows)[0]
+        with self._busy():
+            (hidden_states,), accelerator = self._receive(hidden_states)
+            self._traffic.steps += 1
+            self._pi = codec.draw_permutation(hidden_states.shape[0], self.device)
+            rows = codec.embeddings_pi_left(hidden_states, self._pi)
+            return self._send(accelerator, rows)[0]
 
     def encode_features(
         self, qkv: torch.Tensor, positions: torch.Tensor
@@ -87,40 +89,46 @@ class SecureLayer:
         `qkv` (T, (N + 2M) x D) is in the order of the last `encode_rows`,
         `positions` (T,) in that of the batch; all are on the accelerator.
         """
-        weights = [norm.weight for norm in self.norms]
-        (qkv, positions, *weights), accelerator = self._receive(qkv, positions, *weights)
-        q, k, v = codec.decode_rows(qkv, self._pi).split(self._split, dim=-1)
-        if self.norms:
+        with self._busy():
+            weights = [norm.weight for norm in self.norms]
+            (qkv, positions, *weights), accelerator = self._receive(
+                qkv, positions, *weights
+            )
+            q, k, v = codec.decode_rows(qkv, self._pi).split(self._split, dim=-1)
+            if self.norms:
+                q, k = (
+                    codec.rms_norm(heads, weight, norm.variance_epsilon)
+                    for heads, weight, norm in zip(
+                        (q, k), weights, self.norms, strict=True
+                    )
+                )
             q, k = (
-                codec.rms_norm(heads, weight, norm.variance_epsilon)
-                for heads, weight, norm in zip((q, k), weights, self.norms, strict=True)
+                codec.apply_rotary(
+                    heads,
+                    positions,
+                    self._cos_sin_cache,
+                    self.features.head_dim,
+                    self._is_neox_style,
+                )
+                for heads in (q, k)
             )
-        q, k = (
-            codec.apply_rotary(
-                heads,
-                positions,
-                self._cos_sin_cache,
-                self.features.head_dim,
-                self._is_neox_style,
+            q, k, v = self._send(
+                accelerator,
+                self.features.encode_queries(q),
+                self.features.encode_keys(k),
+                self.features.encode_values(v),
             )
-            for heads in (q, k)
-        )
-        q, k, v = self._send(
-            accelerator,
-            self.features.encode_queries(q),
-            self.features.encode_keys(k),
-            self.features.encode_values(v),
-        )
-        return q, k, v
+            return q, k, v
 
     def decode_features(self, attention: torch.Tensor, output: torch.Tensor) -> None:
         """Write the decoded features of `attention` (T, N x D) to `output`.
 
         Both are on the accelerator.
         """
-        (attention,), accelerator = self._receive(attention)
-        decoded = self.features.decode_output(attention)
-        output.copy_(self._send(accelerator, decoded)[0])
+        with self._busy():
+            (attention,), accelerator = self._receive(attention)
+            decoded = self.features.decode_output(attention)
+            output.copy_(self._send(accelerator, decoded)[0])
 
     @property
     def traffic(self) -> Traffic:
@@ -130,8 +138,15 @@ class SecureLayer:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a secure device and its keys are neither copied nor pickled")
 
-    def _receive(self, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.device]:
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
         self.busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.busy_since = None
+
+    def _receive(self, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.device]:
         self._traffic.crossings += 1
         self._traffic.bytes_in += sum(tensor.nbytes for tensor in tensors)
         received = [tensor.to(self.device) for tensor in tensors]
@@ -144,6 +159,4 @@ class SecureLayer:
         self._seconds += time.monotonic() - self._received
         self._traffic.crossings += 1
         self._traffic.bytes_out += sum(tensor.nbytes for tensor in tensors)
-        sent = [tensor.to(accelerator) for tensor in tensors]
-        self.busy_since = None
-        return sent
+        return [tensor.to(accelerator) for tensor in tensors]

@@ -74,6 +74,15 @@ def test_the_log_says_which_layer_waits(caplog, monkeypatch):
     assert not thread.is_alive()
 
 
+def test_a_call_that_fails_does_not_count_as_waiting():
+    features = PermutationCodec.derive(RootKey.draw(), 0, range(2), 8)
+    layer = SecureLayer(torch.device("cpu"), features, torch.randn(4, 8), True, 4)
+    layer.encode_rows(torch.randn(3, 8))
+    with pytest.raises(IndexError):
+        layer.encode_features(torch.randn(3, 64), torch.tensor([0, 1, 99]))
+    assert layer.busy_since is None
+
+
 # An engine whose secure device fails.
 
 
