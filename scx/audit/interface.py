@@ -12,6 +12,9 @@ import torch
 from scx.audit.public_model import LayerModel, PublicModel
 from scx.audit.views import Adversary, View
 
+WHOLE_MODEL = "all"
+"""In reports, in place of a layer: for attacks on all layers at once."""
+
 
 class About(Enum):
     """What a claim is about, hence how it is scored."""

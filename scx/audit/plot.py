@@ -7,7 +7,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from scx.audit.report import WHOLE_MODEL
+from scx.audit.interface import WHOLE_MODEL
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from scx.audit.interface import WHOLE_MODEL
+
 WHO = {
     "A1": "reads KV cache blocks",
     "A2": "reads A1's and all that crosses for the encoded layers",
@@ -22,8 +24,6 @@ NOTES = (
     "Chance is what blind guessing reaches. The controls are the same attack on random "
     "tensors of that shape, and with other weights; a dash is one that cannot be had."
 )
-WHOLE_MODEL = "all"
-"""In place of a layer, for attacks on all layers at once."""
 HEADLINES = (
     "dictionary of sorted values",
     "dictionary of head norms",

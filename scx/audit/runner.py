@@ -18,10 +18,9 @@ from transformers import AutoTokenizer
 from scx import keys
 from scx.audit.attacks import ATTACKS
 from scx.audit.capture import Capture, record
-from scx.audit.interface import Attack, Budget, Knowledge, Outcome, Plaintext
+from scx.audit.interface import WHOLE_MODEL, Attack, Budget, Knowledge, Outcome, Plaintext
 from scx.audit.prompts import public_text
 from scx.audit.public_model import PublicModel
-from scx.audit.report import WHOLE_MODEL
 from scx.audit.scoring import Score, Truth, score
 from scx.audit.views import ADVERSARIES, Adversary, View, fresh_random, view_of
 from scx.errors import SCXConfigError
