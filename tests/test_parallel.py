@@ -98,23 +98,24 @@ def test_two_data_parallel_engines(tiny_llama, native):
     assert in_new_process(generate_on_both, tiny_llama, env=env) == [native, native]
 
 
+def read_caches(loaded):
+    """A rank's raw K and V of each layer for PROMPT; sent to the ranks by its name."""
+    return [
+        cached_tokens(layer.self_attn.attn.kv_cache, len(PROMPT))
+        for layer in loaded.model.layers
+    ]
+
+
 def tokens_and_caches(models, ranks):
     """For each model its tokens, and each rank's raw K and V of each layer for PROMPT.
 
     K and V are (tokens, the rank's heads x D).
     """
-
-    def read(loaded):
-        return [
-            cached_tokens(layer.self_attn.attn.kv_cache, len(PROMPT))
-            for layer in loaded.model.layers
-        ]
-
     results = []
     for model in models:
         llm = engine(model, tensor_parallel_size=ranks, skip_tokenizer_init=True)
         greedy(llm, [PROMPT], max_tokens=1)
-        caches = llm.apply_model(read)
+        caches = llm.apply_model(read_caches)
         results.append((greedy(llm, PROMPTS), caches))
         shut_down(llm)
     return results
