@@ -1,9 +1,14 @@
 """Reports side by side."""
 
+import json
+from pathlib import Path
+
 from scx.audit import report
 
+ROOT = Path(__file__).parent.parent
 
-def finding(layer, attack, share, attacked=10, label="", cut="", adversary="A1"):
+
+def finding(layer, attack, share, attacked=30, label="", adversary="A1"):
     return {
         "layer": layer,
         "adversary": adversary,
@@ -11,7 +16,7 @@ def finding(layer, attack, share, attacked=10, label="", cut="", adversary="A1")
         "label": label,
         "share": share,
         "attacked": attacked,
-        "cut": cut,
+        "of": 30,
     }
 
 
@@ -21,7 +26,7 @@ def test_reports_side_by_side():
         {
             "codec": "permutation",
             "findings": [
-                finding("all", "cached K, V of a layer in the clear", 1.0, 26, cut="26"),
+                finding("all", "cached K, V of a layer in the clear", 1.0, 26),
                 finding(0, "token equality", 0.994),
                 finding(0, "of no headline", 1.0),
             ],
@@ -30,7 +35,7 @@ def test_reports_side_by_side():
             "codec": "affine",
             "findings": [
                 finding(0, "token equality", 0.5),
-                finding(0, known, None, 0, "4 tokens", cut="0 of 9"),
+                finding(0, known, None, 0, "4 tokens"),
                 finding(3, "batch of one", 1.0, adversary="A2"),
             ],
         },
@@ -50,3 +55,11 @@ def test_reports_side_by_side():
         ["A2", "batch of one", "", "", "", "", "", "100.0%"],
         ["A1", "cached K, V of a layer in the clear", "100.0% of 26", *[""] * 5],
     ]
+
+
+def test_the_readmes_have_the_table_of_the_committed_reports():
+    names = ("permutation", "affine")
+    files = [ROOT / "docs" / "audit" / f"{name}.json" for name in names]
+    table = report.comparison([json.loads(file.read_text()) for file in files])
+    for readme in ("README.md", "README.zh-CN.md"):
+        assert table in (ROOT / readme).read_text()

@@ -146,8 +146,8 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def comparison(reports: Sequence[dict[str, Any]]) -> str:
-    """HEADLINES by codec and layer, in Markdown; "of 26" where a budget left 26 tokens
-    to attack."""
+    """HEADLINES by codec and layer, in Markdown; "of 26" where 26 were attacked, as the
+    rest was known or left out by the budget."""
     codecs = list(dict.fromkeys(report["codec"] for report in reports))
     found = {
         (report["codec"], _title(finding), finding["layer"]): finding
@@ -172,7 +172,8 @@ def _layer_name(layer: int | str) -> str:
 def _cell(finding: dict[str, Any] | None) -> str:
     if finding is None:
         return ""
-    cut = f" of {finding['attacked']}" if finding["cut"] and finding["attacked"] else ""
+    attacked = finding["attacked"]
+    cut = f" of {attacked}" if 0 < attacked < finding["of"] else ""
     return _percent(finding["share"]) + cut
 
 
