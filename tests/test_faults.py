@@ -218,7 +218,7 @@ def optimised(model):
     from tests.test_refusals import configure_each
 
     tokens = generate_each([{"model": model, "skip_tokenizer_init": True}], [PROMPT])
-    refused = configure_each([({"model": model, "enable_sleep_mode": True}, {})])
+    refused = configure_each([({"model": model, "enable_lora": True}, {})])
     return not __debug__, tokens, refused
 
 
@@ -243,7 +243,7 @@ def test_optimised_python(tiny_llama):
     assert native[1] == encoded[1]
     ((kind, message),) = encoded[2]
     assert kind == "SCXUnsupportedError"
-    assert "sleep mode" in message
+    assert "LoRA picks adapters by row" in message
 
 
 RECORD = record("native", [1.0])
