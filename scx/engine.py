@@ -42,6 +42,7 @@ _NORMED = "Qwen3SCXForCausalLM"
 """The class that norms queries and keys, which the fused kernels do not."""
 _MODEL_FREE_DRAFTS = ("ngram", "suffix")
 """Speculative methods that look drafts up in earlier tokens, on the host."""
+_QUANTIZATIONS = (None, "compressed-tensors")
 _RECORD = "scx"
 
 
@@ -251,6 +252,11 @@ def _model_obstacles(model_config: "ModelConfig") -> Iterator[str]:
         yield (
             f"{architecture} is not encoded: use one of {', '.join(encoded)}, "
             f"or unset {ENC_LAYERS}"
+        )
+    if model_config.quantization not in _QUANTIZATIONS:
+        yield (
+            f"quantization={model_config.quantization!r} was never run encoded: use "
+            "weights of compressed-tensors, or such that are not quantised"
         )
     hf_config = model_config.hf_text_config
     if getattr(hf_config, "qk_norm", False):

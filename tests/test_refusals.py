@@ -166,6 +166,29 @@ def test_refused_in_one_line_that_says_what_to_do(case, error, texts, refusals):
         assert text in message
 
 
+def described(architecture, quantization=None):
+    """As much of a ModelConfig as is looked at."""
+    return SimpleNamespace(
+        model_impl="auto",
+        architecture=architecture,
+        quantization=quantization,
+        hf_text_config=SimpleNamespace(),
+    )
+
+
+@pytest.mark.parametrize("quantization", ["awq_marlin", "fp8", "gptq_marlin"])
+def test_quantised_weights_that_were_not_run_are_refused_by_name(
+    quantization, monkeypatch
+):
+    """Where this suite runs, vLLM itself refuses most of them before."""
+    monkeypatch.setattr(engine, "encoded_architectures", lambda: engine.ENCODED_CLASSES)
+    (obstacle,) = engine._model_obstacles(described("LlamaForCausalLM", quantization))
+    assert obstacle == (
+        f"quantization={quantization!r} was never run encoded: use weights of "
+        "compressed-tensors, or such that are not quantised"
+    )
+
+
 @pytest.mark.parametrize(
     "architecture",
     [
@@ -180,10 +203,7 @@ def test_refused_in_one_line_that_says_what_to_do(case, error, texts, refusals):
 def test_models_around_an_encoded_one_are_refused_by_name(architecture, monkeypatch):
     """Those of images need packages that this environment lacks to get this far."""
     monkeypatch.setattr(engine, "encoded_architectures", lambda: engine.ENCODED_CLASSES)
-    model = SimpleNamespace(
-        model_impl="auto", architecture=architecture, hf_text_config=SimpleNamespace()
-    )
-    (obstacle,) = engine._model_obstacles(model)
+    (obstacle,) = engine._model_obstacles(described(architecture))
     assert obstacle == (
         f"{architecture} is not encoded: use one of {', '.join(engine.ENCODED_CLASSES)}, "
         "or unset SCX_ENC_LAYERS"
