@@ -128,7 +128,9 @@ def differences(
     for ours, theirs in zip(result, reference, strict=True):
         for mine, other in zip(ours, theirs, strict=True):
             likeliest = sorted(other, key=other.get, reverse=True)[:5]
-            found += [abs(mine[token] - other[token]) for token in likeliest]
+            found += [
+                abs(mine[token] - other[token]) for token in likeliest if token in mine
+            ]
             if max(mine, key=mine.get) != likeliest[0]:
                 break
     return found
