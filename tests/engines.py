@@ -123,7 +123,8 @@ def logprobs_each(
 def differences(
     result: list[list[dict[int, float]]], reference: list[list[dict[int, float]]]
 ) -> list[float]:
-    """Of the five likeliest tokens' log-probabilities, up to where the texts part."""
+    """Of the five likeliest tokens' log-probabilities, where both list them, up to where
+    the texts part."""
     found = []
     for ours, theirs in zip(result, reference, strict=True):
         for mine, other in zip(ours, theirs, strict=True):
