@@ -398,7 +398,9 @@ def test_an_arm_that_cannot_be_built_does_not_stop_the_others(tiny_llama, tmp_pa
     assert "native" in run.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_no_process_outlives_the_command(number, tiny_llama, tmp_path):
     out = tmp_path / "r.jsonl"
     run = start("--model", tiny_llama, "--arm", 0, *SMALL, "--out", out)

@@ -31,7 +31,9 @@ def test_rope_variants_and_head_shapes(tmp_path):
     assert_native([{"model": model} for model in models])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    "method", ["spawn", pytest.param("fork", marks=pytest.mark.slow)]
+)
 def test_engine_in_a_process_of_its_own(method, tiny_llama):
     assert_native(
         [{"model": tiny_llama}],

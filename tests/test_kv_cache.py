@@ -74,7 +74,9 @@ def assert_encoded(layers, encoded, native):
                     torch.testing.assert_close(ours, theirs, **TOLERANCE)
 
 
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen2"])
+@pytest.mark.parametrize(
+    "model", ["tiny_llama", pytest.param("tiny_qwen2", marks=pytest.mark.slow)]
+)
 def test_encoded_layers_alone_hold_an_encoded_cache(model, request):
     path = request.getfixturevalue(model)
     native = in_new_process(caches, path)
@@ -118,7 +120,11 @@ def row_orders(model, compiled, repeats):
     return [tuple(torch.cdist(rows, reference).argmin(1).tolist()) for rows in seen]
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["eager", "compiled"],
+)
 def test_each_step_draws_a_fresh_row_order(compiled, tiny_llama):
     repeats = 30
     env = {"SCX_ENC_LAYERS": "0"}

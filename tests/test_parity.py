@@ -55,7 +55,7 @@ def test_eager_tokens_are_native(architecture, layers, native_tokens):
     assert encoded_tokens(architecture, layers) == native_tokens(architecture)
 
 
-@cases(("llama", "0,29"))
+@cases()
 def test_compiled_tokens_are_native(architecture, layers, native_tokens):
     tokens = encoded_tokens(architecture, layers, enforce_eager=False)
     assert tokens == native_tokens(architecture)
