@@ -1,5 +1,7 @@
 """What an audit records in a real engine, against transformers and the codec."""
 
+import contextlib
+import io
 import json
 import secrets
 from collections import Counter
@@ -132,9 +134,12 @@ def spoken(tiny_llama, tmp_path):
 
 
 def audit(*arguments):
+    """The exit status, and what was said on stderr."""
     from scx.__main__ import main
 
-    return main(["audit", *arguments])
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        status = main(["audit", *arguments])
+    return status, said.getvalue()
 
 
 def test_the_command_writes_a_report(spoken, tmp_path):
@@ -146,7 +151,7 @@ def test_the_command_writes_a_report(spoken, tmp_path):
         *("--model", str(spoken), "--layers", "0", "--prompts", str(prompts)),
         *("--out", str(out), "--budget", "20", "--seed", "3", "--dtype", "float32"),
     )
-    assert in_new_process(audit, *arguments) == 0
+    assert in_new_process(audit, *arguments)[0] == 0
     report = json.loads((out / "permutation.json").read_text())
     assert report["layers"] == [0]
     assert report["codec"] == "permutation"
@@ -177,7 +182,8 @@ def test_the_command_writes_a_report(spoken, tmp_path):
         (("--codec", "none"), "none"),
     ],
 )
-def test_an_audit_that_cannot_be_is_refused(arguments, message, spoken, tmp_path, capfd):
+def test_an_audit_that_cannot_be_is_refused(arguments, message, spoken, tmp_path):
     out = ("--out", str(tmp_path / "out"), "--dtype", "float32")
-    assert in_new_process(audit, "--model", str(spoken), *out, *arguments) == 1
-    assert message in capfd.readouterr().err
+    status, said = in_new_process(audit, "--model", str(spoken), *out, *arguments)
+    assert status == 1
+    assert message in said
