@@ -17,7 +17,7 @@ ALLOWED = {
     "errors": set(),
     "keys": {"errors"},
     "codec": {"keys"},
-    "codecs": {"codec", "codecs", "keys"},
+    "codecs": {"codec", "codecs", "errors", "keys"},
     "kernels": {"errors", "kernels"},
     "secure_device": {"codec", "codecs"},
     "watchdog": {"secure_device"},

@@ -18,6 +18,7 @@ import torch
 from typing_extensions import Self
 
 from scx.codecs.interface import FeatureCodec
+from scx.errors import SCXError
 from scx.keys import RootKey
 
 CONDITION = 4.0
@@ -44,6 +45,11 @@ class AffineCodec(FeatureCodec):
         self.kv_heads, self.head_dim = key_maps.shape[:2]
         self._key_maps, self._value_maps, self._offsets = key_maps, value_maps, offsets
         inverse_a, inverse_b = key_maps.inverse(), value_maps.inverse()
+        for maps, inverse in ((key_maps, inverse_a), (value_maps, inverse_b)):
+            # Of float64 and condition 4, so only a fault of the machine gets here.
+            one = torch.eye(self.head_dim, dtype=maps.dtype, device=maps.device)
+            if not ((maps @ inverse - one).abs() < 1e-9).all():
+                raise SCXError("the maps of the affine codec could not be inverted")
         inverse_a_transposed = inverse_a.transpose(-1, -2)
         a, b = offsets[:, :, None]
 
