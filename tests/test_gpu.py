@@ -12,10 +12,10 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from scx import codecs
-from scx.codecs.permutation import PermutationCodec
 from scx.host_device import HostDevice, HostSecureLayer
 from scx.keys import RootKey
 from scx.secure_device import SecureLayer
+from tests.agreement import assert_same
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -86,16 +86,6 @@ def order_of(rows, hidden):
     pi = torch.empty(len(rows), dtype=torch.int64)
     pi[ranks(rows.cpu())] = torch.tensor(ranks(hidden.cpu()), dtype=torch.int64)
     return pi
-
-
-def assert_same(ours, theirs, features):
-    """A permutation moves features; in other codecs sums may have another order, which
-    shows in the last place, or in a float32 whose sum nearly cancels."""
-    if isinstance(features, PermutationCodec):
-        assert torch.equal(ours, theirs)
-    else:
-        last_place = torch.finfo(ours.dtype).eps
-        torch.testing.assert_close(ours, theirs, rtol=last_place, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 8, 9, 64, 100, 513, 2049, 6000])

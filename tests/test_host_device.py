@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from scx import codecs
-from scx.codecs.permutation import PermutationCodec
 from scx.errors import SCXError
 from scx.host_device import HostDevice, HostSecureLayer
 from scx.kernels.host_worker import (
@@ -23,6 +22,7 @@ from scx.kernels.host_worker import (
 from scx.kernels.protocol import GROUP_ROWS, chunk_rows_of, pack_bell
 from scx.keys import RootKey
 from scx.secure_device import SecureLayer
+from tests.agreement import assert_same
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 24, 4, 2, 8
 MAX_TOKENS = 2 * GROUP_ROWS + 100
@@ -48,16 +48,6 @@ class StandIn:
         while not (box.done[: 8 * chunks : 8] == self.turn).all():
             assert time.monotonic() < deadline, "the workers did not answer"
         return box.outbox[: rows.numel()].reshape(rows.shape).clone()
-
-
-def assert_same(ours, theirs, features):
-    """A permutation moves features; in other codecs sums may have another order, which
-    shows in the last place, or in a float32 whose sum nearly cancels."""
-    if isinstance(features, PermutationCodec):
-        assert torch.equal(ours, theirs)
-    else:
-        last_place = torch.finfo(ours.dtype).eps
-        torch.testing.assert_close(ours, theirs, rtol=last_place, atol=1e-5)
 
 
 @pytest.fixture
