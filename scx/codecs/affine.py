@@ -18,7 +18,6 @@ import torch
 from typing_extensions import Self
 
 from scx.codecs.interface import FeatureCodec
-from scx.errors import SCXError
 from scx.keys import RootKey
 
 CONDITION = 4.0
@@ -41,26 +40,23 @@ class AffineCodec(FeatureCodec):
     def __init__(
         self, key_maps: torch.Tensor, value_maps: torch.Tensor, offsets: torch.Tensor
     ) -> None:
-        """A and B are float64 (M, D, D), `offsets` float64 (2, M, D): of keys, values."""
-        self.kv_heads, self.head_dim = key_maps.shape[:2]
+        """All float64: A and its inverse (2, M, D, D), B and its inverse alike, and the
+        offsets (2, M, D) of keys and of values."""
+        self.kv_heads, self.head_dim = offsets.shape[1:]
         self._key_maps, self._value_maps, self._offsets = key_maps, value_maps, offsets
-        inverse_a, inverse_b = key_maps.inverse(), value_maps.inverse()
-        for maps, inverse in ((key_maps, inverse_a), (value_maps, inverse_b)):
-            # Of float64 and condition 4, so only a fault of the machine gets here.
-            one = torch.eye(self.head_dim, dtype=maps.dtype, device=maps.device)
-            if not ((maps @ inverse - one).abs() < 1e-9).all():
-                raise SCXError("the maps of the affine codec could not be inverted")
-        inverse_a_transposed = inverse_a.transpose(-1, -2)
+        of_queries, inverse_a = key_maps
+        of_values, inverse_b = value_maps
+        of_keys = inverse_a.transpose(-1, -2)
         a, b = offsets[:, :, None]
 
         def single(matrix: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return matrix.float(), row.squeeze(-2).float()
 
         none = torch.zeros_like(a)
-        self._queries = single(key_maps, none)
-        self._keys = single(inverse_a_transposed, a @ inverse_a_transposed)
-        self._values = single(value_maps, b @ value_maps)
-        self._keys_back = single(key_maps.transpose(-1, -2), -a)
+        self._queries = single(of_queries, none)
+        self._keys = single(of_keys, a @ of_keys)
+        self._values = single(of_values, b @ of_values)
+        self._keys_back = single(of_queries.transpose(-1, -2), -a)
         self._values_back = single(inverse_b, -b)
 
     @classmethod
@@ -132,16 +128,20 @@ def _apply(heads: torch.Tensor, maps: torch.Tensor, rows: torch.Tensor) -> torch
 
 
 def _well_conditioned(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Maps (M, D, D) with singular values from 1 / sqrt(CONDITION) to sqrt(CONDITION).
+    """Maps with singular values from 1 / sqrt(CONDITION) to sqrt(CONDITION), and their
+    inverses: (2, M, D, D).
 
     Between two random rotations or reflections, uniform ones where `left` and
     `right` (M, D, D) are normal: F. Mezzadri, How to generate random matrices from
-    the classical compact groups, 2007.
+    the classical compact groups, 2007. So inverses are products too; torch's own, of
+    several matrices at once on a CPU, can be wrong (pytorch/pytorch issue 142815).
     """
     bound = 0.5 * math.log2(CONDITION)
     kind = {"dtype": left.dtype, "device": left.device}
     stretch = torch.linspace(-bound, bound, left.shape[-1], **kind).exp2()
-    return _uniform_rotation(left) * stretch @ _uniform_rotation(right)
+    first, second = _uniform_rotation(left), _uniform_rotation(right)
+    back = second.transpose(-1, -2) / stretch @ first.transpose(-1, -2)
+    return torch.stack([first * stretch @ second, back])
 
 
 def _uniform_rotation(normal: torch.Tensor) -> torch.Tensor:
@@ -150,9 +150,10 @@ def _uniform_rotation(normal: torch.Tensor) -> torch.Tensor:
 
 
 def _normal(root: RootKey, label: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Normal numbers, float64, that belong to a label: 53 random bits each."""
+    """Normal numbers, float64, that belong to a label: 52 random bits each."""
     words = torch.frombuffer(
         bytearray(root.stream(label, 8 * math.prod(shape))), dtype=torch.int64
     )
-    uniform = ((words >> 11).double() + 2.0**52 + 0.5) / 2.0**53
+    # Half a step from 0 and from 1, which a double of 53 bits can say of 52 random ones.
+    uniform = ((words >> 12).double() + (2.0**51 + 0.5)) / 2.0**52
     return torch.special.ndtri(uniform).reshape(shape)
