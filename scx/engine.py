@@ -42,7 +42,18 @@ _NORMED = "Qwen3SCXForCausalLM"
 """The class that norms queries and keys, which the fused kernels do not."""
 _MODEL_FREE_DRAFTS = ("ngram", "suffix")
 """Speculative methods that look drafts up in earlier tokens, on the host."""
-_QUANTIZATIONS = (None, "compressed-tensors")
+_QUANTIZATIONS = (
+    None,
+    "auto_awq",
+    "auto_gptq",
+    "awq",
+    "awq_marlin",
+    "compressed-tensors",
+    "fp8",
+    "gptq",
+    "gptq_marlin",
+)
+"""Formats of weights whose activations, where rounded, are so by token or all alike."""
 _RECORD = "scx"
 
 
@@ -256,7 +267,7 @@ def _model_obstacles(model_config: "ModelConfig") -> Iterator[str]:
     if model_config.quantization not in _QUANTIZATIONS:
         yield (
             f"quantization={model_config.quantization!r} was never run encoded: use "
-            "weights of compressed-tensors, or such that are not quantised"
+            "AWQ, GPTQ, fp8 or compressed-tensors, or weights that are not quantised"
         )
     hf_config = model_config.hf_text_config
     if getattr(hf_config, "qk_norm", False):

@@ -19,6 +19,9 @@ ENGINE_ARGS = {
     "enforce_eager": True,
     "max_model_len": 1024,
     "num_gpu_blocks_override": 64,
+    # On a GPU nothing is profiled, so that other engines may start and end meanwhile.
+    "gpu_memory_utilization": 0.1,
+    "kv_cache_memory_bytes": 256 << 20,
     "enable_prefix_caching": False,
     "disable_log_stats": True,
 }
@@ -93,29 +96,33 @@ def generate_each(
     return results
 
 
-def logprobs_each(
-    runs: list[dict[str, Any]], prompts: list[Any], max_tokens: int = 16
-) -> list[list[list[dict[int, float]]]]:
-    """As generate_each, but for each token its 20 likeliest with their logprobs."""
+def logprobs(
+    llm: Any, prompts: list[list[int]], max_tokens: int = 16
+) -> list[list[dict[int, float]]]:
+    """For each greedy token the 20 likeliest with their log-probabilities."""
     from vllm import SamplingParams
 
     params = SamplingParams(
         temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=20
     )
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return [
+        [
+            {token: entry.logprob for token, entry in position.items()}
+            for position in output.outputs[0].logprobs
+        ]
+        for output in llm.generate(inputs, params, use_tqdm=False)
+    ]
+
+
+def logprobs_each(
+    runs: list[dict[str, Any]], prompts: list[Any]
+) -> list[list[list[dict[int, float]]]]:
+    """As generate_each, with what `logprobs` says."""
     results = []
     for run in runs:
         llm = engine(**run)
-        outputs = llm.generate(inputs, params, use_tqdm=False)
-        results.append(
-            [
-                [
-                    {token: entry.logprob for token, entry in position.items()}
-                    for position in output.outputs[0].logprobs
-                ]
-                for output in outputs
-            ]
-        )
+        results.append(logprobs(llm, prompts))
         shut_down(llm)
     return results
 

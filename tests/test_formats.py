@@ -13,12 +13,9 @@ import torch
 
 from scx.codecs.permutation import PermutationCodec
 from scx.keys import RootKey
-from tests.engines import (
-    differences,
-    in_new_process,
-    logprobs_each,
-)
-from tests.tiny_models import PROMPTS, save_int8
+from tests.engines import differences, in_new_process, logprobs_each
+from tests.quantized_models import save_quantized
+from tests.tiny_models import PROMPTS
 
 SHORT = PROMPTS[:-1]
 
@@ -31,7 +28,7 @@ def native_and_encoded(runs, prompts):
 
 
 def test_int8_weights_and_activations(tiny_llama, tmp_path):
-    int8 = save_int8(tiny_llama, tmp_path / "int8")
+    int8 = save_quantized(tiny_llama, tmp_path / "int8", "int8")
     runs = [{"model": tiny_llama}, {"model": int8}]
     native, encoded = native_and_encoded(runs, PROMPTS)
     total = 5 * 16 * len(PROMPTS)

@@ -46,9 +46,6 @@ def run(model, modes, **env):
             "model": model,
             "skip_tokenizer_init": True,
             "attention_backend": "TRITON_ATTN",
-            "gpu_memory_utilization": 0.1,
-            # Not profiled, so that other engines may start and end meanwhile.
-            "kv_cache_memory_bytes": 64 << 20,
             "dtype": dtype,
         }
         | MODES[mode]

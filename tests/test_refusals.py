@@ -176,7 +176,7 @@ def described(architecture, quantization=None):
     )
 
 
-@pytest.mark.parametrize("quantization", ["awq_marlin", "fp8", "gptq_marlin"])
+@pytest.mark.parametrize("quantization", ["bitsandbytes", "modelopt", "torchao"])
 def test_quantised_weights_that_were_not_run_are_refused_by_name(
     quantization, monkeypatch
 ):
@@ -184,8 +184,8 @@ def test_quantised_weights_that_were_not_run_are_refused_by_name(
     monkeypatch.setattr(engine, "encoded_architectures", lambda: engine.ENCODED_CLASSES)
     (obstacle,) = engine._model_obstacles(described("LlamaForCausalLM", quantization))
     assert obstacle == (
-        f"quantization={quantization!r} was never run encoded: use weights of "
-        "compressed-tensors, or such that are not quantised"
+        f"quantization={quantization!r} was never run encoded: use AWQ, GPTQ, fp8 or "
+        "compressed-tensors, or weights that are not quantised"
     )
 
 

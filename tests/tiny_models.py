@@ -1,7 +1,6 @@
 """Tiny random models: the shapes that the embedded model does not have."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,38 +67,4 @@ def save_config(folder: Path, architecture: str, model_type: str, **config: Any)
     folder.mkdir(parents=True)
     text = {"architectures": [architecture], "model_type": model_type} | SHAPE | config
     (folder / "config.json").write_text(json.dumps(text))
-    return folder
-
-
-def save_int8(model: Path, folder: Path) -> Path:
-    """A copy of a saved model in compressed-tensors' W8A8 format.
-
-    Weights of the layers' projections have a scale for each output channel and are
-    rounded to the nearest level; activations get a scale for each token as they come.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(model, folder)
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        scale = tensors[name].abs().amax(1, keepdim=True) / 127
-        tensors[name] = (tensors[name] / scale).round().to(torch.int8)
-        tensors[f"{name}_scale"] = scale
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    levels = {"num_bits": 8, "type": "int", "symmetric": True}
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": levels | {"strategy": "channel"},
-                "input_activations": levels | {"strategy": "token", "dynamic": True},
-            }
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(config))
     return folder

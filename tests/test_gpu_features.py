@@ -1,0 +1,258 @@
+"""vLLM's features that need a GPU, with encoded layers. Skipped where there is none.
+
+Features that a CPU has too are tested in their own files, which run on a GPU alike.
+"""
+
+import statistics
+
+import pytest
+import torch
+
+from tests.engines import (
+    differences,
+    engine,
+    generate_each,
+    greedy,
+    in_new_process,
+    logprobs,
+    logprobs_each,
+    shut_down,
+)
+from tests.quantized_models import save_quantized
+from tests.tiny_models import PROMPTS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+TRITON = {"attention_backend": "TRITON_ATTN"}
+FLASH = {"attention_backend": "FLASH_ATTN"}
+COMPILED = {
+    "enforce_eager": False,
+    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]},
+}
+SETTINGS = {
+    "native": {},
+    "host": {"SCX_ENC_LAYERS": "all"},
+    "accelerator": {"SCX_ENC_LAYERS": "0,3", "SCX_SECURE_DEVICE": "cuda"},
+}
+ENCODED = [name for name in SETTINGS if name != "native"]
+
+
+# Formats that round. As in test_formats.py their own error is the measure.
+
+WEIGHTS = ("int8", "fp8", "gptq", "awq")
+BFLOAT16 = {"dtype": "bfloat16"}
+FP8_CACHE = BFLOAT16 | COMPILED | {"kv_cache_dtype": "fp8"}
+ROUNDED = {
+    # FlashAttention's results are bfloat16 where the cache is fp8.
+    "fp8 cache, Triton": TRITON | FP8_CACHE,
+    "fp8 cache, FlashAttention": FLASH | FP8_CACHE,
+    "fp8 as it loads": TRITON | BFLOAT16 | {"quantization": "fp8"},
+}
+
+
+def logprobs_by_setting(runs, exact):
+    """Log-probabilities by setting and run, and native ones of the model in float32."""
+    runs = {
+        name: {"skip_tokenizer_init": True} | run
+        for name, run in (runs | {"exact": TRITON | {"model": exact}}).items()
+    }
+    return {
+        name: dict(
+            zip(
+                runs,
+                in_new_process(logprobs_each, list(runs.values()), PROMPTS, env=env),
+                strict=True,
+            )
+        )
+        for name, env in SETTINGS.items()
+    }
+
+
+def assert_rounded_alike(results, form, allowed):
+    """That encoded and native differ by no more than a part of the format's own error.
+
+    A value is rounded to another level where the sums behind it, in another order,
+    are rounded to another number of 16 bits. There are 32 of bfloat16 for one of fp8,
+    so that is about one value in 32, by a level, where all are off by a level over
+    sqrt(12): 0.6 times the error. Of float16 there are 256: 0.2 times.
+    """
+    native = results["native"]
+    error = statistics.mean(differences(native[form], native["exact"]))
+    assert error > 1e-2, "not quantised"
+    for setting in ENCODED:
+        between = differences(results[setting][form], native[form])
+        assert len(between) > 5 * 16 * len(PROMPTS) / 4
+        assert statistics.mean(between) < allowed * error, setting
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_llama, tmp_path_factory):
+    root = tmp_path_factory.mktemp("quantized")
+    models = {form: save_quantized(tiny_llama, root / form, form) for form in WEIGHTS}
+    # The kernels for four bits take scales of 16 bits as they are saved.
+    runs = {
+        form: TRITON | {"model": model, "dtype": "float16"}
+        for form, model in models.items()
+    }
+    return logprobs_by_setting(runs, tiny_llama)
+
+
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_quantised_weights(form, quantized):
+    assert_rounded_alike(quantized, form, 0.35)
+
+
+@pytest.fixture(scope="module")
+def rounded(tiny_llama):
+    runs = {form: run | {"model": tiny_llama} for form, run in ROUNDED.items()}
+    return logprobs_by_setting(runs, tiny_llama)
+
+
+@pytest.mark.parametrize("form", ROUNDED)
+def test_fp8_caches_and_weights_rounded_as_they_load(form, rounded):
+    assert_rounded_alike(rounded, form, 0.7)
+
+
+# Schedules, in float32 with native tokens.
+
+
+def tokens_and_schedule(runs):
+    results = []
+    for run in runs:
+        llm = engine(skip_tokenizer_init=True, **run)
+        config = llm.llm_engine.vllm_config.scheduler_config
+        results.append((greedy(llm, PROMPTS), config.async_scheduling))
+        shut_down(llm)
+    return results
+
+
+def test_asynchronous_scheduling(tiny_qwen2):
+    runs = [
+        {"model": tiny_qwen2, "async_scheduling": choice} | TRITON | COMPILED
+        for choice in (True, False)
+    ]
+    native = in_new_process(tokens_and_schedule, runs)
+    assert [chosen for _, chosen in native] == [True, False]
+    for name in ENCODED:
+        assert in_new_process(tokens_and_schedule, runs, env=SETTINGS[name]) == native
+
+
+EXTERNAL_HITS = "vllm:external_prefix_cache_hits"
+
+
+def offload(model):
+    """Tokens of some long prompts, the first one again, and what was read for it.
+
+    The GPU holds 63 blocks of 16 tokens, and each prompt needs 20.
+    """
+    llm = engine(
+        model,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=True,
+        disable_log_stats=False,
+        kv_offloading_size=0.25,
+        block_size=16,
+        **TRITON,
+    )
+    prompts = [[i, *PROMPTS[-1]] for i in range(4)]
+    tokens = [greedy(llm, [prompt])[0] for prompt in [*prompts, prompts[0]]]
+    counters = {metric.name: metric for metric in llm.get_metrics()}
+    shut_down(llm)
+    return tokens, counters[EXTERNAL_HITS].value
+
+
+def test_a_cache_that_is_offloaded_to_the_host(tiny_llama):
+    tokens, hits = in_new_process(offload, tiny_llama)
+    assert tokens[0] == tokens[-1]
+    assert hits == len(PROMPTS[-1]) // 16 * 16
+    for name in ENCODED:
+        assert in_new_process(offload, tiny_llama, env=SETTINGS[name]) == (tokens, hits)
+
+
+# Attention of several requests to a prefix that they share.
+
+SHARED = [[*PROMPTS[-1], *PROMPTS[-1], i] for i in range(10)]
+
+
+def cascade(model):
+    """Log-probabilities, and how often vLLM took cascade attention."""
+    from vllm.v1.attention.backends import flash_attn
+
+    stock, calls = flash_attn.cascade_attention, []
+
+    def counted(*arguments, **named):
+        calls.append(1)
+        return stock(*arguments, **named)
+
+    flash_attn.cascade_attention = counted
+    results = []
+    for dtype in ("bfloat16", "float16"):
+        llm = engine(
+            model,
+            skip_tokenizer_init=True,
+            dtype=dtype,
+            enable_prefix_caching=True,
+            disable_cascade_attn=False,
+            **FLASH,
+        )
+        # vLLM takes it where all find the prefix in the cache and add several tokens.
+        greedy(llm, SHARED[:1])
+        results.append(logprobs(llm, SHARED))
+        shut_down(llm)
+    return results, len(calls)
+
+
+def test_cascade_attention(tiny_llama):
+    runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    (rough, native), calls = in_new_process(cascade, tiny_llama, env=runner)
+    assert calls > 0
+    # bfloat16 has 8 times the rounding error of float16.
+    error = statistics.mean(differences(rough, native))
+    for name in ENCODED:
+        env = SETTINGS[name] | runner
+        (_, encoded), encoded_calls = in_new_process(cascade, tiny_llama, env=env)
+        assert encoded_calls == calls
+        assert statistics.mean(differences(encoded, native)) < error / 2
+
+
+# Processes and GPUs.
+
+
+def start_cuda_first(model):
+    """An engine in a process of its own, of a process that has used the GPU."""
+    total = torch.ones(8, device="cuda").sum().item()
+    run = {"model": model, "skip_tokenizer_init": True} | TRITON
+    return total, generate_each([run], PROMPTS)
+
+
+def test_cuda_started_before_the_engine(tiny_llama):
+    env = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork",
+    }
+    native = in_new_process(start_cuda_first, tiny_llama, env=env)
+    assert native[0] == 8
+    for name in ENCODED:
+        result = in_new_process(start_cuda_first, tiny_llama, env=env | SETTINGS[name])
+        assert result == native
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_llama):
+    """Engine arguments, and native tokens."""
+    run = {"model": tiny_llama, "skip_tokenizer_init": True} | TRITON | COMPILED
+    return run, in_new_process(generate_each, [run], PROMPTS)
+
+
+@two_gpus
+@pytest.mark.parametrize(
+    ("device", "ranks"), [("cuda:1", 1), ("cuda:1", 2), ("cpu", 2), ("cuda", 2)]
+)
+def test_two_gpus(device, ranks, compiled):
+    """The second one as secure device, and a rank on each."""
+    run, native = compiled
+    env = {"SCX_ENC_LAYERS": "0,3", "SCX_SECURE_DEVICE": device}
+    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    runs = [run | {"tensor_parallel_size": ranks}]
+    assert in_new_process(generate_each, runs, PROMPTS, env=env) == native
