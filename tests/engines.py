@@ -18,7 +18,7 @@ ENGINE_ARGS = {
     "dtype": "float32",
     "enforce_eager": True,
     "max_model_len": 1024,
-    "num_gpu_blocks_override": 64,
+    "num_gpu_blocks_override": 128,
     # On a GPU nothing is profiled, so that other engines may start and end meanwhile.
     "gpu_memory_utilization": 0.1,
     "kv_cache_memory_bytes": 256 << 20,

