@@ -75,6 +75,18 @@ def greedy(
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def watch_rows(llm: Any) -> list[int]:
+    """A list that grows by the rows of each call of layer 0's projection from now on."""
+    rows: list[int] = []
+
+    def watch(loaded: Any) -> None:
+        projection = loaded.model.layers[0].self_attn.qkv_proj
+        projection.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+
+    llm.apply_model(watch)
+    return rows
+
+
 def shut_down(llm: Any) -> None:
     """End an engine so that another can start in the same process."""
     from vllm.distributed import cleanup_dist_env_and_memory

@@ -13,7 +13,7 @@ from scx import kv_store
 from scx.codecs.permutation import PermutationCodec
 from scx.errors import SCXConfigError
 from scx.keys import RootKey, SCXConfig
-from tests.engines import engine, greedy, in_new_process, shut_down
+from tests.engines import engine, greedy, in_new_process, shut_down, watch_rows
 from tests.test_kv_cache import TOLERANCE, cached_tokens
 from tests.test_refusals import configure_each
 from tests.tiny_models import PROMPTS, SHAPE
@@ -240,13 +240,7 @@ def run_on_store(model, folder, spoil=False):
 
     safetensors.torch.load_file = counted
     llm = engine(model, skip_tokenizer_init=True, **transfer(folder))
-    rows = []
-
-    def watch(loaded):
-        projection = loaded.model.layers[0].self_attn.qkv_proj
-        projection.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-
-    llm.apply_model(watch)
+    rows = watch_rows(llm)
     results = []
     for _ in range(1 + spoil):
         (tokens,) = greedy(llm, [PROMPT])
