@@ -39,7 +39,6 @@ PROMPT_TOKENS = (1, 400)
 OUTPUT_TOKENS = (4, 48)
 SERVER = [
     "--dtype=float32",
-    "--enforce-eager",
     "--max-model-len=512",
     "--num-gpu-blocks-override=160",
     f"--max-num-seqs={CONCURRENCY}",
@@ -159,10 +158,10 @@ def left_in_server(address: str) -> float:
 
 
 def run(
-    arm: Arm, model: Path, requests: list[Request], log: Path
+    arm: Arm, model: Path, arguments: list[str], requests: list[Request], log: Path
 ) -> tuple[list[Answer], dict[str, Any]]:
     """The answers of one arm, and what is written down of it."""
-    with server(arm, model, SERVER, log) as address:
+    with server(arm, model, arguments, log) as address:
         start = time.perf_counter()
         answers, held = asyncio.run(send_all(address, requests))
         seconds = time.perf_counter() - start
@@ -219,17 +218,21 @@ def main() -> int:
     )
     parser.add_argument("--requests", type=int, default=1000, help="(default: 1000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--compiled", action="store_true", help="as vLLM does by default; else eager"
+    )
     parser.add_argument("--out", type=Path, default=DOCS / "load.json")
     options = parser.parse_args()
 
     os.environ.update(ENVIRONMENT)
     requests = make_requests(options.requests, options.seed)
+    arguments = SERVER if options.compiled else [*SERVER, "--enforce-eager"]
     result: dict[str, Any] = {
         "command": " ".join(["python -m scripts.load", *sys.argv[1:]]),
         "seed": options.seed,
         **in_new_process(survey, [NATIVE, ENCODED]),
         "environment": ENVIRONMENT,
-        "server": SERVER,
+        "server": arguments,
         "model": {"architecture": "LlamaForCausalLM", "head_dim": 64} | SHAPE,
         "requests": len(requests),
         "concurrency": CONCURRENCY,
@@ -243,7 +246,7 @@ def main() -> int:
         model = save(Path(folder) / "model", "LlamaForCausalLM", head_dim=64)
         for arm in (NATIVE, ENCODED):
             log = Path(folder) / f"{arm.name}.log"
-            answers[arm], found = run(arm, model, requests, log)
+            answers[arm], found = run(arm, model, arguments, requests, log)
             result["arms"][arm.name] = found
             print(arm.name, found, flush=True)
     result["different"] = list(differing(answers[NATIVE], answers[ENCODED]))

@@ -311,7 +311,11 @@ def _feature_obstacles(vllm_config: "VllmConfig", config: SCXConfig) -> Iterator
             "dual batch overlap runs two steps at once in a layer: leave out enable_dbo "
             "and ubatch_size"
         )
-    cache_dtype = vllm_config.cache_config.cache_dtype
+    yield from _cache_obstacles(vllm_config.cache_config.cache_dtype, config)
+
+
+def _cache_obstacles(cache_dtype: str, config: SCXConfig) -> Iterator[str]:
+    """Why encoded keys and values would be rounded otherwise than plain ones."""
     if "fp8" in cache_dtype and config.codec != "permutation":
         yield (
             f"kv_cache_dtype={cache_dtype!r} clips at scales made for K and V as they "
@@ -323,6 +327,16 @@ def _feature_obstacles(vllm_config: "VllmConfig", config: SCXConfig) -> Iterator
             f"kv_cache_dtype={cache_dtype!r} may round groups of features, which are "
             "permuted: use auto or an fp8 type"
         )
+
+
+def require_cache(cache_dtype: str, config: SCXConfig) -> None:
+    """Refuse the type of an encoded layer's cache, as `configure` does.
+
+    vLLM chooses it anew while it builds a layer whose weights bring scales for fp8
+    (vllm/model_executor/layers/attention/attention.py).
+    """
+    for obstacle in _cache_obstacles(cache_dtype, config):
+        raise SCXUnsupportedError(f"{_asked(config)}, but {obstacle}")
 
 
 def _use_piecewise_graphs(vllm_config: "VllmConfig", config: SCXConfig) -> None:

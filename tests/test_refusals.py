@@ -215,13 +215,43 @@ def test_not_refused(case, refusals):
     assert refusals[case][0] == "configured"
 
 
-def test_fp8_cache_with_a_codec_that_stretches(llama):
-    case = ({"model": str(llama), "kv_cache_dtype": "fp8"}, {})
-    env = {"SCX_ENC_LAYERS": "0", "SCX_CODEC": "affine"}
-    ((kind, message),) = outcomes([case], env)
+AFFINE = {"SCX_ENC_LAYERS": "0", "SCX_CODEC": "affine"}
+
+
+def assert_fp8_is_refused(kind, message):
     assert kind == "SCXUnsupportedError"
     assert "kv_cache_dtype='fp8'" in message
     assert "SCX_CODEC='affine'" in message
+
+
+def test_fp8_cache_with_a_codec_that_stretches(llama):
+    case = ({"model": str(llama), "kv_cache_dtype": "fp8"}, {})
+    assert_fp8_is_refused(*outcomes([case], AFFINE)[0])
+
+
+def build(model):
+    """The type and text of the error that an engine ends with while it is built."""
+    from tests.engines import engine as start
+
+    try:
+        start(model, skip_tokenizer_init=True, load_format="dummy")
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def test_weights_that_bring_scales_for_an_fp8_cache(tmp_path):
+    """vLLM then takes fp8 while it builds the layers, after its configuration."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    quantized = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "config_groups": {},
+        "kv_cache_scheme": scheme | {"symmetric": True},
+    }
+    folder = tiny_models.save_config(
+        tmp_path / "scaled", "LlamaForCausalLM", "llama", quantization_config=quantized
+    )
+    assert_fp8_is_refused(*in_new_process(build, folder, env=AFFINE))
 
 
 def test_layer_beyond_the_model(llama):

@@ -42,6 +42,7 @@ class SCXForCausalLM(nn.Module):
         root = RootKey.load(config)
         engine.claim_store(vllm_config, root)
         for index, attention in zip(chosen, self.encoded, strict=True):
+            engine.require_cache(attention.attn.kv_cache_dtype, config)
             attention.__class__ = self.attention_class
             attention.layer_index = index
             attention.layer_name = attention.attn.layer_name.removesuffix(".attn")
