@@ -200,7 +200,7 @@ def plot(comparisons: list[Comparison], path: Path, curve: str | None) -> None:
         axes.axhline(1, color="gray", linestyle="--", linewidth=1, label="native")
         axes.set_ylim(bottom=0)
         axes.set_ylabel("throughput, ratio to native")
-        axes.set_title(comparison.title, fontsize=8)
+        axes.set_title(comparison.title, fontsize=8, loc="left")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

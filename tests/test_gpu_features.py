@@ -20,6 +20,8 @@ from tests.engines import (
     watch_rows,
 )
 from tests.quantized_models import save_quantized
+from tests.test_key_exchange import new_key_file, run_on_store
+from tests.test_kv_cache import EAGER, LAYERS, assert_encoded, caches
 from tests.tiny_models import PROMPTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -169,6 +171,46 @@ def test_a_cache_that_is_offloaded_to_the_host(tiny_llama):
     for name in ENCODED:
         result = in_new_process(offload, tiny_llama, env=SETTINGS[name])
         assert result == (tokens, rows)
+
+
+# What a cache holds, and what another process reads of it.
+
+# vLLM's Triton attention rounds its operands to TF32, that is by 2^-11, and an encoded
+# layer's otherwise than plain ones: affine features, and softmax's results where sums in
+# another order differ. Keys and values of later layers, of size 1 to 10, show that.
+TF32_TOLERANCE = {"rtol": 2e-2, "atol": 2e-2}
+
+
+@pytest.mark.parametrize("mode", [EAGER, COMPILED], ids=["eager", "graphs"])
+@pytest.mark.parametrize("codec", ["permutation", "affine"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_encoded_layers_alone_hold_an_encoded_cache(device, codec, mode, tiny_qwen2):
+    native = in_new_process(caches, tiny_qwen2, TRITON)
+    layers = {1, 3}
+    env = {
+        "SCX_ENC_LAYERS": ",".join(map(str, layers)),
+        "SCX_SECURE_DEVICE": device,
+        "SCX_CODEC": codec,
+    }
+    encoded = in_new_process(caches, tiny_qwen2, TRITON | mode, env=env)
+    assert_encoded(layers, encoded, native, TF32_TOLERANCE)
+
+
+def test_a_second_process_reads_what_a_first_one_stored(tiny_llama, tmp_path):
+    keys = {"SCX_KEY_FILE": str(new_key_file(tmp_path / "key"))}
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (native,) = in_new_process(run_on_store, tiny_llama, plain)
+    for name in ENCODED:
+        env, folder = SETTINGS[name] | keys, tmp_path / name
+        first, second = (
+            in_new_process(run_on_store, tiny_llama, folder, env=env)[0] for _ in range(2)
+        )
+        assert first == native
+        assert second[0] == native[0]
+        # A file for each layer is read, and most of the prompt is not computed.
+        assert second[1] < len(PROMPTS[-1]) / 4 < native[1]
+        assert second[2] == LAYERS
 
 
 # Attention of several requests to a prefix that they share.

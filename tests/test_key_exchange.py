@@ -234,9 +234,9 @@ def run_on_store(model, folder, spoil=False):
 
     load, files = safetensors.torch.load_file, []
 
-    def counted(name, *rest):
+    def counted(name, *rest, **named):
         files.append(name)
-        return load(name, *rest)
+        return load(name, *rest, **named)
 
     safetensors.torch.load_file = counted
     llm = engine(model, skip_tokenizer_init=True, **transfer(folder))
@@ -268,6 +268,9 @@ def stored(folder):
     return result
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="test_gpu_features.py has that for a GPU"
+)
 def test_a_second_process_reads_what_a_first_one_stored(tiny_llama, tmp_path):
     key_file = new_key_file(tmp_path / "key")
     plain, encoded = tmp_path / "plain", tmp_path / "encoded"

@@ -18,24 +18,28 @@ from tests.tiny_models import SHAPE
 LAYERS = SHAPE["num_hidden_layers"]
 PROMPT = [(11 * i + 5) % SHAPE["vocab_size"] for i in range(48)]
 
+DECODED = 8
+EAGER, COMPILED = {"enforce_eager": True}, {"enforce_eager": False}
+
 # Sums of 64 products in another order: 64 x 2^-24 relative to values of size 1 to 10.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def caches(model, compiled=False):
-    """Raw K and V of each layer for PROMPT, and what they decode to: (tokens, M x D)."""
-    llm = engine(model, enforce_eager=not compiled, skip_tokenizer_init=True)
-    greedy(llm, [PROMPT], max_tokens=1)
+def caches(model, arguments=EAGER):
+    """Raw K and V of each layer for PROMPT and DECODED tokens more, and what they
+    decode to: (tokens, M x D)."""
+    llm = engine(model, skip_tokenizer_init=True, block_size=128, **arguments)
+    greedy(llm, [PROMPT], max_tokens=DECODED + 1)
 
     def read(loaded):
         result = []
         for layer in loaded.model.layers:
             attention = layer.self_attn
-            raw = cached_tokens(attention.attn.kv_cache, len(PROMPT))
+            raw = cached_tokens(attention.attn.kv_cache, len(PROMPT) + DECODED)
             secure = getattr(attention, "secure", None)
             decoded = raw
             if secure:
-                features, (k, v) = secure.features, raw
+                features, (k, v) = secure.features.to(torch.device("cpu")), raw
                 decoded = [features.decode_keys(k), features.decode_values(v)]
             result.append({"raw": raw, "decoded": decoded})
         return result
@@ -46,20 +50,24 @@ def caches(model, compiled=False):
 
 
 def cached_tokens(kv_cache, count):
-    """K and V of the only request that ran, from vLLM's CPU cache: (tokens, M x D).
+    """K and V of the only request that ran, in one block: (tokens, M x D), on the CPU.
 
-    Its shape is (blocks, M, slots, 2 x D), but the memory of a block and head is
-    first K as (D, slots), then V as (slots, D): vLLM's "vec" form for float32.
+    The cache is (blocks, M, slots, 2 x D), in vLLM's Triton backend K beside V. In its
+    CPU backend the memory of a block and head is first K as (D, slots), then V as
+    (slots, D), the "vec" form for float32.
     """
-    block = next(b for b in range(1, len(kv_cache)) if kv_cache[b].any())
-    heads, slots, width = kv_cache[block].shape
-    k, v = kv_cache[block].chunk(2, dim=1)
-    k = k.reshape(heads, width // 2, slots).permute(2, 0, 1)
-    v = v.reshape(heads, slots, width // 2).permute(1, 0, 2)
+    block = next(block for block in kv_cache[1:] if block.any())
+    heads, slots, width = block.shape
+    if block.is_cuda:
+        k, v = block.cpu().transpose(0, 1).chunk(2, dim=2)
+    else:
+        k, v = block.chunk(2, dim=1)
+        k = k.reshape(heads, width // 2, slots).permute(2, 0, 1)
+        v = v.reshape(heads, slots, width // 2).permute(1, 0, 2)
     return [half[:count].flatten(1).clone() for half in (k, v)]
 
 
-def assert_encoded(layers, encoded, native):
+def assert_encoded(layers, encoded, native, tolerance=TOLERANCE):
     """Exactly `layers` hold something else than the native cache, and decode to it."""
     for index in range(LAYERS):
         for kind in ("raw", "decoded"):
@@ -71,7 +79,7 @@ def assert_encoded(layers, encoded, native):
                 elif index < min(layers, default=LAYERS):
                     assert torch.equal(ours, theirs)
                 else:
-                    torch.testing.assert_close(ours, theirs, **TOLERANCE)
+                    torch.testing.assert_close(ours, theirs, **tolerance)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +105,7 @@ def test_one_compile_cache_serves_all_settings(tiny_llama, tmp_path):
             "SCX_ENC_LAYERS": ",".join(map(str, layers)),
             "VLLM_CACHE_ROOT": str(tmp_path),
         }
-        result = in_new_process(caches, tiny_llama, True, env=env)
+        result = in_new_process(caches, tiny_llama, COMPILED, env=env)
         native = native or result
         assert_encoded(layers, result, native)
     assert list(tmp_path.rglob("torch_compile_cache/**/*")), "nothing was compiled"
@@ -149,7 +157,7 @@ def test_no_key_is_in_the_compile_cache(tiny_llama, tmp_path):
         "VLLM_CACHE_ROOT": str(cache),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
     }
-    in_new_process(caches, tiny_llama, True, env=env)
+    in_new_process(caches, tiny_llama, COMPILED, env=env)
 
     root = RootKey.load(SCXConfig((0, 1), "cpu", False, key_file))
     needles = {secret, secret.hex().encode()}

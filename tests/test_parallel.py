@@ -113,7 +113,9 @@ def tokens_and_caches(models, ranks):
     """
     results = []
     for model in models:
-        llm = engine(model, tensor_parallel_size=ranks, skip_tokenizer_init=True)
+        llm = engine(
+            model, tensor_parallel_size=ranks, skip_tokenizer_init=True, block_size=128
+        )
         greedy(llm, [PROMPT], max_tokens=1)
         caches = llm.apply_model(read_caches)
         results.append((greedy(llm, PROMPTS), caches))

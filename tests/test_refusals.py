@@ -323,6 +323,26 @@ def test_a_worker_without_our_variables_does_not_run_plain(llama):
     assert "layers=[] in this worker" in message
 
 
+def copied_to_ray_workers():
+    """Our variables among those that vLLM copies to workers of Ray's on other nodes."""
+    from vllm.ray.ray_env import get_env_vars_to_copy
+
+    return {name for name in get_env_vars_to_copy() if name.startswith("SCX_")}
+
+
+def test_the_variable_that_the_readme_names_takes_ours_to_ray_workers():
+    ours = {
+        "SCX_ENC_LAYERS": "0",
+        "SCX_SECURE_DEVICE": "cpu",
+        "SCX_CODEC": "affine",
+        "SCX_KEY_FILE": "/run/scx.key",
+        "SCX_ENABLE_DEBUG": "1",
+    }
+    prefixes = {"VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY": "SCX_"}
+    assert in_new_process(copied_to_ray_workers, env=ours) == set()
+    assert in_new_process(copied_to_ray_workers, env=ours | prefixes) == set(ours)
+
+
 def run_a_stale_graph(model, compiled):
     """What a wrong compiled graph does: the layer's operator is never called."""
     from vllm.model_executor.models.llama import LlamaAttention

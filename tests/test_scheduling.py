@@ -100,7 +100,11 @@ def test_sliding_windows(tmp_path):
             **window,
         ),
     }
-    runs = {name: ({"model": model}, PROMPTS, 16) for name, model in models.items()}
+    # Layers with and without a window have blocks of their own.
+    blocks = {"num_gpu_blocks_override": 256}
+    runs = {
+        name: ({"model": model} | blocks, PROMPTS, 16) for name, model in models.items()
+    }
     native, encoded = native_and_encoded(runs, "0,3")
     assert encoded == native
     # The weights are the same: the window alone made the long prompt's text another.
