@@ -31,6 +31,7 @@ import psutil
 from benchmark_throughput.harness import in_new_process, survey
 from benchmark_throughput.records import NATIVE, Arm, parse_arm
 from benchmark_throughput.serve import server
+from tests.engines import EXACT_FLOAT32
 from tests.tiny_models import SHAPE, VOCABULARY, save
 
 CONCURRENCY = 32
@@ -45,7 +46,11 @@ SERVER = [
     "--skip-tokenizer-init",
     "--served-model-name=model",
 ]
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRITON_F32_DEFAULT": EXACT_FLOAT32,
+}
 ENCODED = parse_arm("0,3")
 
 REQUEST_SECONDS = 120

@@ -68,7 +68,7 @@ class HostDevice:
         slots = range(len(features))
         hops = [[kind, slot, widths[kind]] for slot in slots for kind in range(3)]
         self.counters = torch.zeros(
-            (len(slots), 4), dtype=torch.int64, device=self.device
+            (len(slots), 5), dtype=torch.int64, device=self.device
         )
         self._claims = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._stop = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -174,8 +174,10 @@ class HostSecureLayer:
 
     @property
     def traffic(self) -> Traffic:
-        """What crossed so far, replays of captured graphs included."""
-        return Traffic(*self._host.counters[self._slot].tolist())
+        """What crossed so far, replays of captured graphs included. Rows cross while
+        others are worked on, so the seconds are those from a hop's call to its end."""
+        *counts, nanoseconds = self._host.counters[self._slot].tolist()
+        return Traffic(*counts, secure_seconds=nanoseconds / 1e9)
 
     def _hop(self, kind: int) -> int:
         return 3 * self._slot + kind

@@ -29,8 +29,9 @@ class Traffic:
     bytes_out: int = 0
     """Bytes that the accelerator received."""
     secure_seconds: float | None = None
-    """Seconds that the secure device worked, transfers left out; None where nobody
-    measures that. What it only queues counts as the time to queue it."""
+    """Seconds that the secure device worked, with transfers that run beside its work
+    and without others; None where nobody measures that. What it only queues counts as
+    the time to queue it."""
 
 
 class SecureLayer:

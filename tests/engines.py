@@ -14,6 +14,11 @@ from typing import Any
 
 _IMPORTED = ("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.worker_base")
 
+# vLLM's Triton attention multiplies float32 in TF32, that is rounded by 2^-11, unless
+# this is Triton's default for it. Where sums differ in their last bits so do roundings,
+# then, and native tokens too where other requests run beside.
+EXACT_FLOAT32 = "ieee"
+
 ENGINE_ARGS = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -38,6 +43,7 @@ def in_new_process(
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
+        "TRITON_F32_DEFAULT": EXACT_FLOAT32,
         "SCX_ENC_LAYERS": "",
     }
     with ProcessPoolExecutor(

@@ -146,6 +146,8 @@ def test_traffic_counts_bytes_of_both_directions(device):
     traffic = HostSecureLayer(host, 0).traffic
     assert (traffic.steps, traffic.crossings) == (2, 4)
     assert traffic.bytes_in == traffic.bytes_out == 2 * hidden.nbytes
+    # The second hop's time is counted after its answer, the first one's before.
+    assert 0 < traffic.secure_seconds < 1
 
 
 def test_a_step_longer_than_the_staging_memory_is_refused(device):

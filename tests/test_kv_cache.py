@@ -67,7 +67,7 @@ def cached_tokens(kv_cache, count):
     return [half[:count].flatten(1).clone() for half in (k, v)]
 
 
-def assert_encoded(layers, encoded, native, tolerance=TOLERANCE):
+def assert_encoded(layers, encoded, native):
     """Exactly `layers` hold something else than the native cache, and decode to it."""
     for index in range(LAYERS):
         for kind in ("raw", "decoded"):
@@ -79,7 +79,7 @@ def assert_encoded(layers, encoded, native, tolerance=TOLERANCE):
                 elif index < min(layers, default=LAYERS):
                     assert torch.equal(ours, theirs)
                 else:
-                    torch.testing.assert_close(ours, theirs, **tolerance)
+                    torch.testing.assert_close(ours, theirs, **TOLERANCE)
 
 
 @pytest.mark.parametrize(

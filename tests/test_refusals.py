@@ -99,6 +99,10 @@ def refusals(llama, tmp_path_factory):
         "custom_class": speculating("custom_class", "builtins.object"),
         "ngram": speculating("ngram"),
         "dual batch": (model | {"ubatch_size": 2}, {}),
+        "context parallel": (
+            model | {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            {},
+        ),
         "int8 cache": (model | {"kv_cache_dtype": "int8_per_token_head"}, {}),
         "fp8 cache": (model | {"kv_cache_dtype": "fp8"}, {}),
         "kv transfer": (
@@ -150,6 +154,11 @@ def test_what_fits_is_recorded(case, refusals):
             for method in (*DRAFTING, "custom_class")
         ),
         ("dual batch", "SCXUnsupportedError", ["leave out enable_dbo and ubatch_size"]),
+        (
+            "context parallel",
+            "SCXUnsupportedError",
+            ["decode_context_parallel_size merges outputs of several keys"],
+        ),
         ("int8 cache", "SCXUnsupportedError", ["kv_cache_dtype='int8_per_token_head'"]),
         ("kv transfer", "SCXUnsupportedError", ["SCX_KEY_FILE"]),
         ("kv offload", "SCXUnsupportedError", ["the KV connector lmcache"]),
@@ -227,6 +236,23 @@ def assert_fp8_is_refused(kind, message):
 def test_fp8_cache_with_a_codec_that_stretches(llama):
     case = ({"model": str(llama), "kv_cache_dtype": "fp8"}, {})
     assert_fp8_is_refused(*outcomes([case], AFFINE)[0])
+
+
+def configure_with_sleep_mode(model):
+    from vllm.platforms import current_platform
+
+    # As on a GPU; a CPU's engine refuses it before anyone looks at layers.
+    type(current_platform).is_sleep_mode_available = lambda self: True
+    return configure_each([({"model": model, "enable_sleep_mode": True}, {})])
+
+
+def test_sleep_mode(llama):
+    ((plain, _),) = in_new_process(configure_with_sleep_mode, str(llama))
+    assert plain == "configured"
+    env = {"SCX_ENC_LAYERS": "0,3"}
+    ((kind, message),) = in_new_process(configure_with_sleep_mode, str(llama), env=env)
+    assert kind == "SCXUnsupportedError"
+    assert "sleep mode may discard the secure step's counters: leave it out" in message
 
 
 def build(model):

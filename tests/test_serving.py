@@ -12,6 +12,7 @@ import pytest
 from benchmark_throughput.records import NATIVE, parse_arm
 from benchmark_throughput.serve import server
 from scx.embedded import embedded_model
+from tests.engines import EXACT_FLOAT32
 from tests.prompts import MIXED
 
 # Two servers start, one after the other.
@@ -215,6 +216,7 @@ def served(tmp_path_factory):
         log = folder / f"{arm.name}.log"
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("HF_HUB_OFFLINE", "1")
+            patch.setenv("TRITON_F32_DEFAULT", EXACT_FLOAT32)
             patch.setenv("PROMETHEUS_MULTIPROC_DIR", str(shared))
             patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
             patch.setenv("VLLM_LOG_STATS_INTERVAL", str(INTERVAL))

@@ -17,6 +17,7 @@ first chunk of each hop, so that no hop ends before it has seen to the words.
 import ctypes
 import functools
 import platform
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -45,8 +46,8 @@ ENCODE_ROWS, ENCODE_FEATURES, DECODE_FEATURES = range(3)
 
 # Columns of the table of hops.
 HOP_KIND, HOP_LAYER, HOP_WIDTH = range(3)
-# Columns of the counters, one row a layer.
-COUNT_STEPS, COUNT_CROSSINGS, COUNT_BYTES_IN, COUNT_BYTES_OUT = range(4)
+# Columns of the counters, one row a layer. The time is in nanoseconds.
+COUNT_STEPS, COUNT_CROSSINGS, COUNT_BYTES_IN, COUNT_BYTES_OUT, COUNT_TIME = range(5)
 
 _TOKEN_MASK = (1 << TOKEN_BITS) - 1
 _CHUNK_MASK = (1 << CHUNK_BITS) - 1
@@ -110,11 +111,12 @@ _compare_exchange: Any = intrinsic(_compare_exchange_code)
 _relax: Any = intrinsic(_relax_code)
 
 
-def _libc_usleep() -> Callable:
-    usleep = ctypes.CDLL(None).usleep
-    usleep.argtypes = (ctypes.c_uint,)
-    usleep.restype = ctypes.c_int
-    return usleep
+def _libc(name: str, *arguments: Any) -> Callable:
+    """A function of the C library that takes `arguments` and returns an int."""
+    function = ctypes.CDLL(None)[name]
+    function.argtypes = arguments
+    function.restype = ctypes.c_int
+    return function
 
 
 @functools.cache
@@ -126,10 +128,18 @@ def worker_loop(dtype: torch.dtype, codec: str) -> Callable:
     encode_rows, encode_features = kernels.encode_rows, kernels.encode_features
     decode_features, fill_random = kernels.decode_features, kernels.fill_random
     draw_permutation = kernels.draw_permutation
-    usleep = _libc_usleep()
+    usleep = _libc("usleep", ctypes.c_uint)
+    clock_gettime = _libc("clock_gettime", ctypes.c_int, ctypes.c_void_p)
+    clock = time.CLOCK_MONOTONIC
     element = element_of(dtype)
     # One more axis, for the layers.
     keys = kernels.key.replace("[", "[:, ")
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def nanoseconds(moment):
+        # A struct timespec of two 64-bit integers.
+        clock_gettime(clock, moment.ctypes)
+        return 1_000_000_000 * moment[0] + moment[1]
 
     @numba.njit(nogil=True, error_model="numpy")
     def wait_for(address, value):
@@ -186,6 +196,7 @@ def worker_loop(dtype: torch.dtype, codec: str) -> Callable:
     ):
         pi = np.empty(GROUP_ROWS, np.int32)
         rank = np.empty(GROUP_ROWS, np.int32)
+        moment = np.empty(2, np.int64)
         heard = np.int64(0)
         spins = naps = 0
         while True:
@@ -212,6 +223,7 @@ def worker_loop(dtype: torch.dtype, codec: str) -> Callable:
             chunks = (tokens + rows - 1) // rows
             fresh = words_left_address + 8 * layer
             if worker == 0:
+                start = nanoseconds(moment)
                 counters[layer, COUNT_STEPS] += kind == ENCODE_ROWS
                 counters[layer, COUNT_CROSSINGS] += 2
                 counters[layer, COUNT_BYTES_IN] += tokens * width * inbox.itemsize
@@ -271,9 +283,11 @@ def worker_loop(dtype: torch.dtype, codec: str) -> Callable:
                         )
                 _store_release(done + FLAG_BYTES * chunk, turn)
                 chunk = claim(claims, turn, chunks)
-            if worker == 0 and kind == DECODE_FEATURES:
-                if fill_random(words[layer, :tokens]) != 0:
-                    return 1
-                _store_release(fresh, tokens)
+            if worker == 0:
+                counters[layer, COUNT_TIME] += nanoseconds(moment) - start
+                if kind == DECODE_FEATURES:
+                    if fill_random(words[layer, :tokens]) != 0:
+                        return 1
+                    _store_release(fresh, tokens)
 
     return serve
