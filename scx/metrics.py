@@ -24,7 +24,7 @@ HELP = {
     "crossings": "Times that execution passed from one device to the other.",
     "bytes_in": "Bytes that the secure device received.",
     "bytes_out": "Bytes that the accelerator received.",
-    "secure_seconds": "Seconds that the secure device worked, with transfers beside its work.",
+    "secure_seconds": "Seconds that the secure device worked, transfers beside it too.",
 }
 """The counters, by their names in Traffic."""
 

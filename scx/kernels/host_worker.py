@@ -222,8 +222,8 @@ def worker_loop(dtype: torch.dtype, codec: str) -> Callable:
             width = hops[hop, HOP_WIDTH]
             chunks = (tokens + rows - 1) // rows
             fresh = words_left_address + 8 * layer
+            start = nanoseconds(moment)
             if worker == 0:
-                start = nanoseconds(moment)
                 counters[layer, COUNT_STEPS] += kind == ENCODE_ROWS
                 counters[layer, COUNT_CROSSINGS] += 2
                 counters[layer, COUNT_BYTES_IN] += tokens * width * inbox.itemsize
