@@ -1,6 +1,6 @@
 """What one trip to the host costs, alone, on this machine's GPU.
 
-    python -m scripts.hop_bench [--out FILE.json]
+    python -m scripts.hop_bench [--out FILE.json] [--workers N]
 
 For the shapes of Qwen2-1.5B: each kind of trip, in a CUDA graph of 60 for small
 steps and eagerly for long ones, beside plain pinned copies of the same bytes in
@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from scx.codecs.permutation import PermutationCodec
-from scx.host_device import HostDevice, HostSecureLayer, default_workers
+from scx.cores import usable_cores, workers_for
+from scx.host_device import HostDevice, HostSecureLayer
 from scx.keys import RootKey
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 1536, 12, 2, 128
@@ -91,8 +92,9 @@ def copies(tokens: int, width: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    out = parser.parse_args().out
-    workers = default_workers(1)
+    parser.add_argument("--workers", type=int, help="default: what an engine would take")
+    options = parser.parse_args()
+    workers = options.workers or workers_for(usable_cores(), 1)
     host = HostDevice(
         [PermutationCodec.derive(RootKey.draw(), 0, range(KV_HEADS), HEAD_DIM)],
         torch.randn(40_000, HEAD_DIM),
@@ -122,8 +124,8 @@ def main() -> None:
     print(
         {t: {k: round(v, 1) for k, v in r.items()} for t, r in results["copies"].items()}
     )
-    if out is not None:
-        out.write_text(json.dumps(results, indent=2) + "\n")
+    if options.out is not None:
+        options.out.write_text(json.dumps(results, indent=2) + "\n")
     host.close()
 
 

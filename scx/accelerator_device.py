@@ -61,7 +61,7 @@ class AcceleratorSecureLayer(SecureLayer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         encoded = kernels.encode_features(
             qkv.contiguous(),
-            self._pi,
+            self._take_order(),
             positions,
             self._cos_sin_cache,
             self._key,

@@ -77,10 +77,14 @@ def apply_rotary(
     RotaryEmbedding keeps them; the first R of a head's D features turn, the
     others pass. Neox style pairs feature i with i + R/2, the other style 2i
     with 2i + 1. Calculated in float32 at least and rounded once.
+
+    A position that the table does not have counts as the nearest that it has. vLLM
+    sends none, but the accelerator that hands them over is not trusted.
     """
     wide = torch.promote_types(heads.dtype, torch.float32)
     rotary_dim = cos_sin_cache.shape[-1]
-    cos_sin = cos_sin_cache.index_select(0, positions).to(wide).unsqueeze(-2)
+    rows = positions.clamp(0, len(cos_sin_cache) - 1)
+    cos_sin = cos_sin_cache.index_select(0, rows).to(wide).unsqueeze(-2)
     cos, sin = cos_sin.chunk(2, dim=-1)
     rotated = heads.unflatten(-1, (-1, head_dim)).to(wide, copy=True)
     turning = rotated[..., :rotary_dim]

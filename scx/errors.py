@@ -20,3 +20,7 @@ class SCXUnsupportedError(SCXError):
 
 class SCXNotEncodedError(SCXError):
     """A layer that had to be encoded ran without its secure device."""
+
+
+class SCXSecureDeviceError(SCXError):
+    """A secure device has ended, or was asked for what it cannot do."""

@@ -6,28 +6,98 @@ once. So a step stays asynchronous for vLLM, can be captured in a CUDA graph,
 and draws a fresh row permutation in each replay.
 """
 
-import os
+import logging
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 
+import numba
+import numpy as np
 import torch
 
 from scx.codecs.interface import FeatureCodec
-from scx.errors import SCXError
+from scx.errors import SCXSecureDeviceError
 from scx.kernels import host_worker
 from scx.kernels.host import host_kernels
 from scx.kernels.host_worker import (
+    BAD_REQUEST,
+    BUSY_HOP,
+    BUSY_SINCE,
+    CONTROL_WORDS,
+    CUT_OFF,
     DECODE_FEATURES,
     ENCODE_FEATURES,
     ENCODE_ROWS,
+    HOP_LAYER,
+    NO_RANDOMNESS,
+    OK,
+    STOP,
+    Private,
+    Shared,
 )
-from scx.kernels.protocol import Mailbox
+from scx.kernels.protocol import FLAG_STRIDE, Mailbox, require_within_limits
 from scx.secure_device import Traffic
 
-MAX_WORKERS = 16
-# For the engine's own threads.
-SPARE_CORES = 3
+CLOSING_SECONDS = 10.0
+"""How long closing a HostDevice waits for its workers at most."""
+PATIENCE_NAPS = 100_000
+"""How often a worker naps, 50 us and the kernel's slack, until it gives a trip up: about
+10 seconds. A kernel that began a trip sends all its rows within milliseconds. No clock
+is read, as the time for which a machine was suspended must not count."""
+
+_FAILURES = {
+    NO_RANDOMNESS: "the operating system gave no randomness (getrandom) to draw a row "
+    "order with",
+    CUT_OFF: "rows that the accelerator announced did not come: its kernel was cut off, "
+    "as by another CUDA error",
+    BAD_REQUEST: "the accelerator asked for a trip that no step makes",
+}
+
+# vLLM's logger of the same name, whose handlers and levels apply.
+_logger = logging.getLogger("vllm.scx")
+
+
+class _Workers:
+    """The threads that serve a mailbox, and what became of them."""
+
+    failure: str | None = None
+    """Why they serve no more, or None while they do."""
+
+    def __init__(self, dtype: torch.dtype, codec: str, shared: Shared, own: Private):
+        """Compiles their loop and starts as many as `own.served` has rows for."""
+        self._shared, self._own = shared, own
+        self._serve = host_worker.worker_loop(dtype, codec)
+        self._serve.compile(tuple(map(numba.typeof, (0, shared, own))))
+        self.threads = [
+            threading.Thread(
+                target=self._run, args=(i,), name=f"scx-host-{i}", daemon=True
+            )
+            for i in range(len(own.served))
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def _run(self, worker: int) -> None:
+        status = self._serve(worker, self._shared, self._own)
+        if status != OK:
+            self.failure = _FAILURES[status]
+            _logger.error("SCX: the secure device cpu has ended: %s", self.failure)
+
+    def busy_since(self, slot: int) -> float | None:
+        """When the trip of a layer that is being served began, by time.monotonic."""
+        control, hops = self._own.control, self._own.hops
+        started = int(control[BUSY_SINCE])
+        here = hops[control[BUSY_HOP], HOP_LAYER] == slot
+        return started / 1e9 if started and here else None
+
+    def close(self) -> None:
+        """Have them end, and wait for that as long as CLOSING_SECONDS."""
+        self.failure = self.failure or "it was closed"
+        self._own.control[STOP] = 1
+        end = time.monotonic() + CLOSING_SECONDS
+        for thread in self.threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
 
 class HostDevice:
@@ -47,76 +117,55 @@ class HostDevice:
     ) -> None:
         """One codec of features for each encoded layer, in the order of their slots.
 
-        `dtype` is that of the rows, `max_tokens` the most tokens of a step.
-        Compiles the workers' loop, which takes seconds, and starts them.
+        `dtype` is that of the rows, `max_tokens` the most tokens of a step. Compiles the
+        workers' loop, which takes seconds, and starts them. Raises SCXUnsupportedError
+        for a step or a model that is too large for the protocol.
         """
         kv_heads, head_dim = features[0].kv_heads, features[0].head_dim
-        self.query_size, kv_size = num_heads * head_dim, kv_heads * head_dim
-        self.kv_size = kv_size
+        self.query_size, self.kv_size = num_heads * head_dim, kv_heads * head_dim
         widths = {
             ENCODE_ROWS: hidden_size,
-            ENCODE_FEATURES: self.query_size + 2 * kv_size,
+            ENCODE_FEATURES: self.query_size + 2 * self.kv_size,
             DECODE_FEATURES: self.query_size,
         }
+        slots = range(len(features))
+        hops = [[kind, slot, widths[kind]] for slot in slots for kind in range(3)]
+        require_within_limits(max_tokens, len(hops))
         self.device = torch.device("cpu")
         self.max_tokens = max_tokens
         self.features = [each.to(self.device) for each in features]
         self.mailbox = Mailbox.allocate(max_tokens, max(widths.values()), dtype)
         self.sequence = torch.zeros(1, dtype=torch.int64, device=accelerator)
         self.arrivals = torch.zeros(1, dtype=torch.int32, device=accelerator)
+        self.counters = np.zeros((len(slots), 5), np.int64)
 
-        slots = range(len(features))
-        hops = [[kind, slot, widths[kind]] for slot in slots for kind in range(3)]
-        self.counters = torch.zeros(
-            (len(slots), 5), dtype=torch.int64, device=self.device
-        )
-        self._claims = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._stop = torch.zeros(1, dtype=torch.int64, device=self.device)
-        words = torch.zeros(
-            (len(slots), max_tokens), dtype=torch.uint64, device=self.device
-        )
-        words_left = torch.zeros(len(slots), dtype=torch.int64, device=self.device)
         codec = features[0].name
-        tables = zip(*(each.tables for each in self.features), strict=True)
         pack = host_kernels(dtype, codec).pack
+        tables = zip(*(each.tables for each in self.features), strict=True)
         encoding_keys, decoding_keys = (pack(torch.stack(layers)) for layers in tables)
-        arguments = (
-            self._stop.data_ptr(),
-            self.mailbox.bell.data_ptr(),
-            self._claims.data_ptr(),
-            self.mailbox.ready.data_ptr(),
-            self.mailbox.done.data_ptr(),
-            words_left.data_ptr(),
-            _elements(self.mailbox.inbox),
-            _elements(self.mailbox.outbox),
-            self.mailbox.positions.numpy(),
-            torch.tensor(hops, dtype=torch.int64, device=self.device).numpy(),
-            encoding_keys,
-            decoding_keys,
-            cos_sin_cache.to(self.device, torch.float32).contiguous().numpy(),
-            num_heads,
-            is_neox_style,
-            words.numpy(),
-            words_left.numpy(),
-            self.counters.numpy(),
+        shared = {name: _array(words) for name, words in vars(self.mailbox).items()}
+        own = Private(
+            control=np.zeros(CONTROL_WORDS, np.int64),
+            served=np.zeros((workers, FLAG_STRIDE), np.int64),
+            trip=np.zeros(3, np.int64),
+            hops=np.array(hops, np.int64),
+            orders=np.zeros((len(slots), 2), np.int64),
+            words=np.zeros((len(slots), max_tokens), np.uint64),
+            encoding_keys=encoding_keys,
+            decoding_keys=decoding_keys,
+            cos_sin=cos_sin_cache.to(self.device, torch.float32).contiguous().numpy(),
+            counters=self.counters,
+            num_heads=num_heads,
+            is_neox_style=is_neox_style,
+            patience=PATIENCE_NAPS,
         )
-        serve = host_worker.worker_loop(dtype, codec)
-        # The threads hold the arrays; these tensors are only looked at through them.
-        self._threads = [
-            threading.Thread(
-                target=serve,
-                args=(worker, *arguments),
-                name=f"scx-host-{worker}",
-                daemon=True,
-            )
-            for worker in range(workers)
-        ]
-        for thread in self._threads:
-            thread.start()
-        self._finalizer = weakref.finalize(self, _stop, self._stop, self._threads)
+        self.workers = _Workers(dtype, codec, Shared(**shared), own)
+        # Also at the end of the interpreter. The threads hold nothing of this object.
+        self._finalizer = weakref.finalize(self, self.workers.close)
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers, within CLOSING_SECONDS. Later trips are refused, and one that
+        is on its way ends with a CUDA error."""
         self._finalizer()
 
     def exchange(
@@ -124,13 +173,16 @@ class HostDevice:
     ) -> torch.Tensor:
         """What the host makes of the rows of `source` (T, W) in this hop: (T, W).
 
-        Raises SCXError for more rows than the staging memory holds.
+        Raises SCXSecureDeviceError for more rows than the staging memory holds, and if
+        the workers have ended.
         """
         # Here, because Triton is found on machines with a GPU only.
         from scx.kernels.exchange import exchange
 
+        if failure := self.workers.failure:
+            raise SCXSecureDeviceError(f"the secure device cpu has ended: {failure}")
         if len(source) > self.max_tokens:
-            raise SCXError(
+            raise SCXSecureDeviceError(
                 f"a step of {len(source)} tokens is longer than the {self.max_tokens} "
                 "that max_num_batched_tokens announced"
             )
@@ -173,6 +225,16 @@ class HostSecureLayer:
         return self._host.features[self._slot]
 
     @property
+    def busy_since(self) -> float | None:
+        """As WatchedLayer.busy_since."""
+        return self._host.workers.busy_since(self._slot)
+
+    @property
+    def failure(self) -> str | None:
+        """As WatchedLayer.failure."""
+        return self._host.workers.failure
+
+    @property
     def traffic(self) -> Traffic:
         """What crossed so far, replays of captured graphs included. Rows cross while
         others are worked on, so the seconds are those from a hop's call to its end."""
@@ -183,20 +245,7 @@ class HostSecureLayer:
         return 3 * self._slot + kind
 
 
-def default_workers(ranks: int) -> int:
-    """Threads for one of `ranks` ranks of this machine: its cores but a few, shared."""
-    cores = len(os.sched_getaffinity(0))
-    return max(1, min(MAX_WORKERS, (cores - SPARE_CORES) // ranks))
-
-
-def _elements(tensor: torch.Tensor):
+def _array(tensor: torch.Tensor) -> np.ndarray:
     """The numpy view that the kernels take: numba has no 16-bit floats."""
-    return (
-        tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)
-    ).numpy()
-
-
-def _stop(flag: torch.Tensor, threads: list[threading.Thread]) -> None:
-    flag.fill_(1)
-    for thread in threads:
-        thread.join()
+    halves = tensor.is_floating_point() and tensor.itemsize == 2
+    return (tensor.view(torch.uint16) if halves else tensor).numpy()

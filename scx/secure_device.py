@@ -8,12 +8,13 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from scx import codec
 from scx.codecs.interface import FeatureCodec
+from scx.errors import SCXSecureDeviceError
 
 
 @dataclass
@@ -34,6 +35,20 @@ class Traffic:
     the time to queue it."""
 
 
+class WatchedLayer(Protocol):
+    """What can be seen of an encoded layer's secure device, from another thread."""
+
+    device: torch.device
+
+    @property
+    def busy_since(self) -> float | None:
+        """When the call that runs began, by time.monotonic; None between calls."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why the device answers no more, or None."""
+
+
 class SecureLayer:
     """The secure device's part in one encoded layer: three calls a step, in order.
 
@@ -43,7 +58,9 @@ class SecureLayer:
     """
 
     busy_since: float | None = None
-    """When the call that runs began, by time.monotonic; None between calls."""
+    """As WatchedLayer.busy_since."""
+    failure: str | None = None
+    """As WatchedLayer.failure. Here a call that fails raises its error."""
     norms: Sequence[Any] = ()
     """The modules RMSNorm of queries and of keys, of the models that have them. Their
     weights are public and load after the model is built, so each step reads them."""
@@ -68,7 +85,7 @@ class SecureLayer:
         self._is_neox_style = is_neox_style
         kv_size = features.kv_heads * features.head_dim
         self._split = [num_heads * features.head_dim, kv_size, kv_size]
-        self._pi = torch.empty(0, dtype=torch.int64)
+        self._pi: torch.Tensor | None = None
 
     def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The rows of `hidden_states` (T, H) in an order that nobody else knows.
@@ -88,14 +105,16 @@ class SecureLayer:
         """Encoded q (T, N x D), k and v (T, M x D) from the shuffled rows of `qkv`.
 
         `qkv` (T, (N + 2M) x D) is in the order of the last `encode_rows`,
-        `positions` (T,) in that of the batch; all are on the accelerator.
+        `positions` (T,) in that of the batch; all are on the accelerator. Raises
+        SCXSecureDeviceError without an `encode_rows` before: an order serves one step.
         """
+        pi = self._take_order()
         with self._busy():
             weights = [norm.weight for norm in self.norms]
             (qkv, positions, *weights), accelerator = self._receive(
                 qkv, positions, *weights
             )
-            q, k, v = codec.decode_rows(qkv, self._pi).split(self._split, dim=-1)
+            q, k, v = codec.decode_rows(qkv, pi).split(self._split, dim=-1)
             if self.norms:
                 q, k = (
                     codec.rms_norm(heads, weight, norm.variance_epsilon)
@@ -138,6 +157,13 @@ class SecureLayer:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a secure device and its keys are neither copied nor pickled")
+
+    def _take_order(self) -> torch.Tensor:
+        """The order of the rows that were sent last, for the one time that it serves."""
+        pi, self._pi = self._pi, None
+        if pi is None:
+            raise SCXSecureDeviceError("encode_features without encode_rows before it")
+        return pi
 
     @contextlib.contextmanager
     def _busy(self) -> Iterator[None]:

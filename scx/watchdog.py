@@ -1,4 +1,4 @@
-"""Says in the log which layer waits while a secure device does not answer."""
+"""Says in the log which layer waits while a secure device does not answer, and why."""
 
 import logging
 import threading
@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Mapping
 
-from scx.secure_device import SecureLayer
+from scx.secure_device import WatchedLayer
 
 PATIENCE = 30.0
 """Seconds."""
@@ -15,7 +15,7 @@ PATIENCE = 30.0
 _logger = logging.getLogger("vllm.scx")
 
 
-def watch(layers: Mapping[int, SecureLayer], patience: float = PATIENCE) -> None:
+def watch(layers: Mapping[int, WatchedLayer], patience: float = PATIENCE) -> None:
     """Watch secure layers, by index, from a thread that ends when they are gone.
 
     One line is logged where a call takes longer than `patience`, and again each time
@@ -30,21 +30,22 @@ def watch(layers: Mapping[int, SecureLayer], patience: float = PATIENCE) -> None
 
 
 def _watch(
-    layers: "weakref.WeakValueDictionary[int, SecureLayer]", patience: float
+    layers: "weakref.WeakValueDictionary[int, WatchedLayer]", patience: float
 ) -> None:
     while layers:
         time.sleep(patience)
         _report(layers, patience)
 
 
-def _report(layers: Mapping[int, SecureLayer], patience: float) -> None:
+def _report(layers: Mapping[int, WatchedLayer], patience: float) -> None:
     now = time.monotonic()
     for index, layer in layers.items():
         since = layer.busy_since
         if since is not None and now - since > patience:
             _logger.error(
-                "SCX layer %d: the secure device %s has not answered for %.0f seconds",
+                "SCX layer %d: the secure device %s has not answered for %.0f seconds%s",
                 index,
                 layer.device,
                 now - since,
+                f": {layer.failure}" if layer.failure else "",
             )

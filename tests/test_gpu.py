@@ -5,7 +5,10 @@ sums of the affine codec.
 """
 
 import math
+import multiprocessing
 import struct
+import time
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from scx import codecs
 from scx.host_device import HostDevice, HostSecureLayer
+from scx.kernels.host_worker import DECODE_FEATURES
 from scx.keys import RootKey
 from scx.secure_device import SecureLayer
 from tests.agreement import assert_same
@@ -197,3 +201,80 @@ def test_nothing_is_read_or_written_beyond_the_rows(kind, tokens, devices):
     assert torch.isfinite(output).all()
     assert torch.isnan(frame[:64]).all()
     assert torch.isnan(frame[-64:]).all()
+
+
+@pytest.mark.parametrize("turn", [2**31 - 4, 2**32 - 4, 2**63 - 8], ids=hex)
+def test_turns_beyond_every_width_of_a_word(turn, devices):
+    layers = devices(torch.bfloat16, 64)
+    layer, plain = layers["host"], layers["plain"]
+    *_, attention, _ = tensors(700, 64, torch.bfloat16)
+    expected = torch.empty_like(attention).cpu()
+    plain.decode_features(attention.cpu(), expected)
+    layer._host.sequence.fill_(turn)
+    for _ in range(6):
+        output = torch.full_like(attention, math.nan)
+        layer.decode_features(attention, output)
+        assert torch.equal(output.cpu(), expected)
+    assert layer._host.sequence.item() == turn + 6
+    layer._host.sequence.zero_()
+
+
+def test_a_million_tokens_and_two_hundred_layers():
+    tokens, layers, root = 2**20 + 2053, 200, RootKey.draw()
+    derive = codecs.load("permutation").derive
+    keys = [derive(root, i, range(1), 8) for i in range(layers)]
+    table = torch.randn(16, 8)
+    rest = torch.bfloat16, torch.device("cuda"), 5
+    host = HostDevice(keys, table, True, 1, 8, tokens, *rest)
+    rows = torch.randn(tokens, 8, device="cuda").bfloat16()
+    for count in (2**20 - 1, 2**20, tokens):
+        for layer in (0, 170, 171, layers - 1):
+            decoded = host.exchange(rows[:count], 3 * layer + DECODE_FEATURES)
+            (inverse,) = host.features[layer].tables[1]
+            assert torch.equal(decoded, rows[:count, inverse.cuda()])
+    host.close()
+
+
+@pytest.mark.parametrize("kind", ["host", "accelerator"])
+def test_positions_beyond_the_table_stay_within_it(kind, devices):
+    layer = devices(torch.bfloat16, 64)[kind]
+    hidden, qkv, _, _ = tensors(8, 64, torch.bfloat16)
+    qkv = qkv[:1].repeat(8, 1)
+    encoded = []
+    for positions in ([-1, MAX_TOKENS, -(2**62), 2**62] * 2, [0, MAX_TOKENS - 1] * 4):
+        layer.encode_rows(hidden)
+        at = torch.tensor(positions, device="cuda")
+        encoded.append(torch.cat(layer.encode_features(qkv, at), dim=1))
+    assert torch.equal(*encoded)
+
+
+def trip_to_a_closed_host():
+    """Seconds and the error of a graph's trip to workers that have ended."""
+    key = codecs.load("permutation").derive(RootKey.draw(), 0, range(1), 8)
+    rest = torch.bfloat16, torch.device("cuda"), 2
+    host = HostDevice([key], torch.randn(16, 8), True, 1, 8, 64, *rest)
+    rows = torch.zeros(4, 8, dtype=torch.bfloat16, device="cuda")
+    host.exchange(rows, DECODE_FEATURES)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        host.exchange(rows, DECODE_FEATURES)
+    graph.replay()
+    torch.cuda.synchronize()
+    host.close()
+    start = time.monotonic()
+    try:
+        graph.replay()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return time.monotonic() - start, str(error)
+    return time.monotonic() - start, "no error"
+
+
+def test_no_trip_waits_for_workers_that_have_ended():
+    """In a process of its own: a kernel that traps takes the CUDA context with it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as pool:
+        seconds, error = pool.submit(trip_to_a_closed_host).result()
+    assert "CUDA error" in error
+    # Without a word from the host it would be half a minute.
+    assert seconds < 5

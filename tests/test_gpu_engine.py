@@ -5,12 +5,20 @@ tiny random model with spread-out logits. Skipped where there is no GPU.
 """
 
 import statistics
+import time
 
 import pytest
 import torch
 
 from scx.codecs.affine import CONDITION
-from tests.engines import differences, in_new_process, logprobs_each
+from tests.engines import (
+    differences,
+    engine,
+    generate_each,
+    greedy,
+    in_new_process,
+    logprobs_each,
+)
 from tests.tiny_models import PROMPTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -80,3 +88,59 @@ def test_log_probabilities_are_native(kind, tiny_qwen2, native):
         rounded = differences(results[mode, "bfloat16"], native["float32"])
         assert len(rounded) > total / 4, mode
         assert statistics.mean(rounded) < allowed * native_error, mode
+
+
+SERVING = {"skip_tokenizer_init": True, "attention_backend": "TRITON_ATTN"}
+
+
+def host_of(llm):
+    return llm.apply_model(lambda loaded: loaded.encoded[0].secure._host)[0]
+
+
+def pass_boundaries(model, turns):
+    """Tokens of an engine with whole graphs before and across each of the turns."""
+    llm = engine(model, **SERVING, **MODES["default"])
+    results = [greedy(llm, PROMPTS)]
+    host = host_of(llm)
+    for turn in turns:
+        # Some trips of the prompts come before it and all others after.
+        host.sequence.fill_(turn - 5)
+        results.append(greedy(llm, PROMPTS))
+        assert host.sequence.item() > turn
+    return results
+
+
+def test_an_engine_goes_past_two_thousand_million_trips(tiny_qwen2):
+    run = {"model": tiny_qwen2} | SERVING | MODES["default"]
+    (native,) = in_new_process(generate_each, [run], PROMPTS)
+    env = {"SCX_ENC_LAYERS": "0,3"}
+    results = in_new_process(pass_boundaries, tiny_qwen2, [2**31, 2**32], env=env)
+    assert results == [native] * 3
+
+
+def lose_a_trip(model, mode):
+    """What an engine ends with, and after how long, once a trip was cut off."""
+    llm = engine(model, **SERVING, **MODES[mode])
+    greedy(llm, PROMPTS)
+    host = host_of(llm)
+    start = time.monotonic()
+    # As a kernel does that is stopped after its first store.
+    host.mailbox.request[0] = 4
+    host.mailbox.bell[0] += 1
+    for thread in host.workers.threads:
+        thread.join(60)
+    try:
+        greedy(llm, PROMPTS)
+    except Exception as error:
+        return str(error), host.workers.failure, time.monotonic() - start
+    return "no error", host.workers.failure, time.monotonic() - start
+
+
+@pytest.mark.parametrize("mode", ["eager", "default"])
+def test_a_trip_that_is_cut_off_ends_the_engine(mode, tiny_qwen2, capfd):
+    env = {"SCX_ENC_LAYERS": "0,3"}
+    error, failure, seconds = in_new_process(lose_a_trip, tiny_qwen2, mode, env=env)
+    assert failure.startswith("rows that the accelerator announced did not come")
+    assert f"the secure device cpu has ended: {failure}" in error
+    assert f"the secure device cpu has ended: {failure}" in "".join(capfd.readouterr())
+    assert seconds < 60

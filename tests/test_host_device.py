@@ -5,21 +5,34 @@ and positions, raise the flags, ring the bell, wait for the answer. The kernel
 itself is tested in test_gpu.py.
 """
 
+import logging
 import time
 
+import numba
 import numpy as np
 import pytest
 import torch
 
-from scx import codecs
-from scx.errors import SCXError
+from scx import codecs, host_device, watchdog
+from scx.errors import SCXSecureDeviceError, SCXUnsupportedError
 from scx.host_device import HostDevice, HostSecureLayer
+from scx.kernels import host_worker
+from scx.kernels.host import host_kernels
 from scx.kernels.host_worker import (
     DECODE_FEATURES,
     ENCODE_FEATURES,
     ENCODE_ROWS,
 )
-from scx.kernels.protocol import GROUP_ROWS, chunk_rows_of, pack_bell
+from scx.kernels.protocol import (
+    FLAG_STRIDE,
+    FORSAKEN,
+    GROUP_ROWS,
+    LIMIT,
+    ROWS_BITS,
+    chunk_rows_of,
+    group_of,
+    require_within_limits,
+)
 from scx.keys import RootKey
 from scx.secure_device import SecureLayer
 from tests.agreement import assert_same
@@ -31,22 +44,27 @@ MAX_TOKENS = 2 * GROUP_ROWS + 100
 class StandIn:
     """The accelerator's side of one host device."""
 
-    def __init__(self, host):
-        self.host, self.turn = host, 0
+    def __init__(self, host, turn=0):
+        self.host, self.turn = host, turn
+
+    def ring(self, hop, tokens):
+        box, self.turn = self.host.mailbox, self.turn + 1
+        box.request[0] = hop << ROWS_BITS | tokens
+        box.bell[0] = self.turn
 
     def exchange(self, rows, hop, positions=None):
-        box, self.turn = self.host.mailbox, self.turn + 1
-        tokens, chunk = len(rows), chunk_rows_of(len(rows))
-        chunks = -(-tokens // chunk)
+        box, tokens = self.host.mailbox, len(rows)
+        flags = slice(0, -(-tokens // chunk_rows_of(tokens)) * FLAG_STRIDE, FLAG_STRIDE)
         box.outbox.fill_(float("nan"))
         box.inbox[: rows.numel()] = rows.flatten()
         if positions is not None:
             box.positions[:tokens] = positions
-        box.ready[: 8 * chunks : 8] = self.turn
-        box.bell[0] = self.turn << 32 | pack_bell(hop, chunk, tokens)
+        box.ready[flags] = self.turn + 1
+        self.ring(hop, tokens)
         deadline = time.monotonic() + 20
-        while not (box.done[: 8 * chunks : 8] == self.turn).all():
+        while not (box.done[flags] == self.turn).all():
             assert time.monotonic() < deadline, "the workers did not answer"
+            assert not (box.done == FORSAKEN).any(), self.host.workers.failure
         return box.outbox[: rows.numel()].reshape(rows.shape).clone()
 
 
@@ -101,7 +119,8 @@ def test_hops_are_the_codec(tokens, device):
             assert sorted(pi.tolist()) == list(range(tokens))
             assert torch.equal(rows, hidden[pi])
             # Within groups, and in an order of their own in each of them.
-            assert torch.equal(pi // GROUP_ROWS, torch.arange(tokens) // GROUP_ROWS)
+            groups = torch.tensor([group_of(row, tokens)[0] for row in range(tokens)])
+            assert torch.equal(groups[pi], groups)
             if tokens >= 64:
                 assert not torch.equal(pi, torch.arange(tokens))
 
@@ -152,12 +171,258 @@ def test_traffic_counts_bytes_of_both_directions(device):
 
 def test_a_step_longer_than_the_staging_memory_is_refused(device):
     host, _, dtype = device
-    with pytest.raises(SCXError, match="longer than the"):
+    with pytest.raises(SCXSecureDeviceError, match="longer than the"):
         host.exchange(torch.zeros(MAX_TOKENS + 1, HIDDEN, dtype=dtype), ENCODE_ROWS)
 
 
 def test_closing_ends_the_workers(device):
     host, *_ = device
     host.close()
-    assert not any(thread.is_alive() for thread in host._threads)
-    assert np.all(host.counters.numpy() == 0)
+    assert not any(thread.is_alive() for thread in host.workers.threads)
+    assert np.all(host.counters == 0)
+
+
+# Boundaries of the protocol.
+
+
+@pytest.mark.parametrize("turn", [2**31 - 3, 2**32 - 3, 2**63 - 10], ids=hex)
+def test_turns_beyond_every_width_of_a_word(turn, device):
+    """The last is 292,000 years of trips of a microsecond away."""
+    host, plain, dtype = device
+    accelerator = StandIn(host, turn)
+    attention = torch.randn(700, HEADS * HEAD_DIM).to(dtype)
+    expected = torch.empty_like(attention)
+    plain[0].decode_features(attention, expected)
+    for _ in range(8):
+        assert torch.equal(accelerator.exchange(attention, DECODE_FEATURES), expected)
+
+
+TABLE = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def small_host(layers=1, max_tokens=64, workers=2):
+    root, derive = RootKey.draw(), codecs.load("permutation").derive
+    keys = [derive(root, layer, range(1), 8) for layer in range(layers)]
+    rest = torch.bfloat16, torch.device("cpu"), workers
+    return HostDevice(keys, TABLE, True, 1, 8, max_tokens, *rest)
+
+
+@pytest.fixture
+def small():
+    host = small_host()
+    yield host
+    host.close()
+
+
+@pytest.mark.parametrize("tokens", [2**20 - 1, 2**20, 2**20 + GROUP_ROWS + 5])
+def test_steps_beyond_a_million_tokens(tokens):
+    host = small_host(max_tokens=tokens)
+    rows = torch.arange(tokens * 8).reshape(tokens, 8).to(torch.int16)
+    rows = rows.view(torch.bfloat16)
+    decoded = StandIn(host).exchange(rows, DECODE_FEATURES)
+    (inverse,) = host.features[0].tables[1]
+    assert torch.equal(decoded.view(torch.int16), rows[:, inverse].view(torch.int16))
+    host.close()
+
+
+def test_hops_of_more_layers_than_nine_bits_name():
+    host = small_host(layers=200)
+    accelerator = StandIn(host)
+    rows = torch.randn(64, 8).bfloat16()
+    for layer in (0, 170, 171, 199):
+        decoded = accelerator.exchange(rows, 3 * layer + DECODE_FEATURES)
+        (inverse,) = host.features[layer].tables[1]
+        assert torch.equal(decoded, rows[:, inverse])
+    host.close()
+
+
+def test_what_the_protocol_cannot_say_is_refused_by_name():
+    with pytest.raises(SCXUnsupportedError, match=f"^max_num_batched_tokens={LIMIT}: "):
+        small_host(max_tokens=LIMIT)
+    with pytest.raises(SCXUnsupportedError, match="encode fewer layers"):
+        require_within_limits(64, LIMIT)
+    require_within_limits(LIMIT - 1, LIMIT - 1)
+
+
+def test_no_group_is_smaller_than_a_group():
+    for tokens in (1, 2047, 2048, 2049, 4095, 4096, 4097, 2**20 + 1):
+        row = 0
+        while row < tokens:
+            begin, end = group_of(row, tokens)
+            assert begin == row
+            assert min(tokens, GROUP_ROWS) <= end - begin < 2 * GROUP_ROWS
+            row = end
+
+
+def test_the_last_rows_of_a_long_step_move(device):
+    host, _, dtype = device
+    accelerator = StandIn(host)
+    hidden = torch.zeros(GROUP_ROWS + 1, HIDDEN, dtype=dtype)
+    hidden[-1] = 1
+    places = set()
+    for _ in range(3):
+        rows = accelerator.exchange(hidden, ENCODE_ROWS)
+        places.add(int(rows[:, 0].argmax()))
+    # Each of them is the last place with a chance of 1 / 2,049.
+    assert places != {GROUP_ROWS}
+
+
+# Steps and trips that are cut off.
+
+
+def test_an_abandoned_step_takes_its_order_with_it(device):
+    host, _, dtype = device
+    accelerator = StandIn(host)
+    hidden = torch.arange(64).to(dtype)[:, None].repeat(1, HIDDEN)
+    orders = {
+        tuple(accelerator.exchange(hidden, ENCODE_ROWS)[:, 0].tolist()) for _ in range(3)
+    }
+    # Two of them are equal with a chance of 3 / 64!.
+    assert len(orders) == 3
+
+
+def test_a_plain_layers_order_serves_one_step(device):
+    _, (layer, _), dtype = device
+    qkv = torch.randn(3, (HEADS + 2 * KV_HEADS) * HEAD_DIM).to(dtype)
+    layer.encode_rows(torch.randn(3, HIDDEN).to(dtype))
+    layer.encode_features(qkv, torch.arange(3))
+    with pytest.raises(SCXSecureDeviceError, match="without encode_rows"):
+        layer.encode_features(qkv, torch.arange(3))
+
+
+def ended(host, seconds=20):
+    """Wait until all workers have ended by themselves."""
+    for thread in host.workers.threads:
+        thread.join(seconds)
+    return not any(thread.is_alive() for thread in host.workers.threads)
+
+
+def assert_forsaken(host, reason):
+    """All that a user of the device sees says why, and no kernel would wait for it."""
+    layer = HostSecureLayer(host, 0)
+    assert reason in layer.failure
+    assert (host.mailbox.done[::FLAG_STRIDE] == FORSAKEN).all()
+    with pytest.raises(SCXSecureDeviceError, match=f"cpu has ended: .*{reason}"):
+        layer.encode_rows(torch.zeros(4, 8, dtype=torch.bfloat16))
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
+
+
+def test_a_trip_that_is_cut_off_ends_the_workers(log, monkeypatch):
+    monkeypatch.setattr(host_device, "PATIENCE_NAPS", 100)
+    host = small_host()
+    StandIn(host).ring(ENCODE_ROWS, 4)
+    assert ended(host)
+    assert_forsaken(host, "did not come")
+    assert [record.levelname for record in log.records] == ["ERROR"]
+    assert "its kernel was cut off" in log.messages[0]
+
+
+def test_the_watchdog_sees_a_trip_of_the_host(small, log):
+    layer = HostSecureLayer(small, 0)
+    assert layer.busy_since is None
+    StandIn(small).ring(ENCODE_ROWS, 4)
+    deadline = time.monotonic() + 20
+    while not log.messages and time.monotonic() < deadline:
+        watchdog._report({7: layer}, patience=0.01)
+    assert log.messages[0].startswith("SCX layer 7: the secure device cpu has not answer")
+
+
+def test_closing_does_not_wait_for_a_trip_that_is_cut_off(small):
+    StandIn(small).ring(ENCODE_ROWS, 4)
+    time.sleep(0.1)
+    start = time.monotonic()
+    small.close()
+    assert time.monotonic() - start < host_device.CLOSING_SECONDS
+    assert ended(small, seconds=0)
+    assert_forsaken(small, "it was closed")
+
+
+@pytest.mark.parametrize("hop", [ENCODE_ROWS, DECODE_FEATURES])
+def test_no_randomness_ends_the_workers(hop, log, monkeypatch):
+    """Before a step's rows leave, or where the next step's words are drawn ahead."""
+
+    @numba.njit
+    def fill_random(words):
+        return 1
+
+    def failing(dtype, codec):
+        return host_kernels(dtype, codec)._replace(fill_random=fill_random)
+
+    monkeypatch.setattr(host_worker, "host_kernels", failing)
+    monkeypatch.setattr(host_worker, "_leading", host_worker._leading.__wrapped__)
+    loop = host_worker.worker_loop.__wrapped__
+    monkeypatch.setattr(host_worker, "worker_loop", loop)
+    host = small_host()
+    host.mailbox.ready[::FLAG_STRIDE] = 1
+    StandIn(host).ring(hop, 4)
+    assert ended(host)
+    assert_forsaken(host, "randomness")
+    assert [record.levelname for record in log.records] == ["ERROR"]
+
+
+BAD = {
+    "no rows": [(ENCODE_ROWS, 0)],
+    "more rows than the staging holds": [(ENCODE_ROWS, 65)],
+    "rows beyond 32 bits": [(ENCODE_ROWS, 2**32 - 1)],
+    "no such hop": [(3, 4)],
+    "a negative hop": [(-1, 4)],
+    "features without rows": [(ENCODE_FEATURES, 4)],
+    "features of fewer rows": [(ENCODE_ROWS, 4), (ENCODE_FEATURES, 3)],
+    "features twice": [(ENCODE_ROWS, 4), (ENCODE_FEATURES, 4), (ENCODE_FEATURES, 4)],
+    "features after all": [(ENCODE_ROWS, 4), (DECODE_FEATURES, 4), (ENCODE_FEATURES, 4)],
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_request_that_no_step_makes_ends_the_workers(case):
+    """The accelerator is not trusted: what it asks for is checked before it is used."""
+    host = small_host()
+    accelerator = StandIn(host)
+    *before, (hop, tokens) = BAD[case]
+    widths = {ENCODE_ROWS: 8, ENCODE_FEATURES: 24, DECODE_FEATURES: 8}
+    for earlier, rows in before:
+        accelerator.exchange(torch.zeros(rows, widths[earlier]).bfloat16(), earlier)
+    host.mailbox.ready[::FLAG_STRIDE] = accelerator.turn + 1
+    accelerator.ring(hop, tokens)
+    assert ended(host)
+    assert_forsaken(host, "no step makes")
+
+
+@pytest.mark.parametrize("position", [-1, -(2**62), 16, 2**62])
+def test_positions_beyond_the_table_stay_within_it(position, small):
+    accelerator, (features,) = StandIn(small), small.features
+    nearest = 0 if position < 0 else 15
+    plain = SecureLayer(torch.device("cpu"), features, TABLE, True, 1)
+    qkv = torch.randn(4, 24).bfloat16()
+    results = []
+    for positions in (torch.full((4,), position), torch.full((4,), nearest)):
+        # Equal rows: their order does not matter.
+        accelerator.exchange(torch.zeros(4, 8).bfloat16(), ENCODE_ROWS)
+        same = qkv[:1].repeat(4, 1)
+        results.append(accelerator.exchange(same, ENCODE_FEATURES, positions))
+        plain.encode_rows(torch.zeros(4, 8))
+        expected = torch.cat(plain.encode_features(same, positions), dim=1)
+        assert torch.equal(results[-1], expected)
+    assert torch.equal(*results)
+
+
+def test_whatever_the_accelerator_writes_the_workers_end():
+    """Random words in all that it maps, while they serve: no crash, and an end."""
+    host = small_host(layers=2)
+    generator = np.random.default_rng(0)
+    box = host.mailbox
+    for turn in range(2000):
+        words = generator.integers(-(2**63), 2**63 - 1, 3)
+        box.positions[:] = int(words[0])
+        box.ready[::FLAG_STRIDE] = turn + 1
+        hop, tokens = generator.integers(0, 6), generator.integers(1, 65)
+        valid = int(hop) << ROWS_BITS | int(tokens)
+        box.request[0] = valid if turn % 50 else int(words[1])
+        box.bell[0] = turn + 1
+    host.close()
+    assert ended(host, seconds=0)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scx import codec
+from scx import codec, codecs
 from scx.codecs.affine import AffineCodec
 from scx.errors import SCXError
 from scx.kernels import affine, panels
@@ -269,6 +269,31 @@ def test_nan_and_infinity_stay(dtype, is_neox):
     assert_same_bits(
         result.where(~result.isnan(), 0), expected.where(~expected.isnan(), 0)
     )
+
+
+@pytest.mark.parametrize("position", [-(2**63), -1, 9, 10, 2**32, 2**63 - 1])
+@pytest.mark.parametrize("codec_name", ["permutation", "affine"])
+def test_nothing_beyond_the_table_of_angles_is_read(codec_name, position):
+    """Positions come from the accelerator, and what lies around the table is secret."""
+    head_dim, secret = 64, 1234.0
+    memory = torch.full((30, head_dim), secret)
+    memory[10:19] = torch.randn(9, head_dim)
+    table, kernels = memory[10:19], host_kernels(torch.float32, codec_name)
+    features = codecs.load(codec_name).derive(RootKey.draw(), 0, range(1), head_dim)
+    key, qkv = kernels.pack(features.tables[0]), torch.randn(1, 3 * head_dim)
+    results = []
+    for each in (position, 0 if position < 0 else 8):
+        result = torch.full_like(qkv, torch.nan)
+        arguments = np.zeros(1, np.int32), np.array([each]), table.numpy(), key
+        kernels.encode_features(qkv.numpy(), result.numpy(), *arguments, 1, True, 0, 1)
+        results.append(result)
+    assert torch.equal(*results)
+    turned = codec.apply_rotary(
+        qkv[:, :head_dim], torch.tensor([position]), table, head_dim, True
+    )
+    nearest = torch.tensor([0 if position < 0 else 8])
+    expected = codec.apply_rotary(qkv[:, :head_dim], nearest, table, head_dim, True)
+    assert torch.equal(turned, expected)
 
 
 @each_dtype

@@ -120,7 +120,7 @@ def _encode_rows(
         tl.store(counters + 1, tl.load(counters + 1) + num_tokens)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "max_position"])
 def _encode_features(
     source,
     target,
@@ -129,6 +129,7 @@ def _encode_features(
     cos_sin_cache,
     key,
     num_tokens,
+    max_position,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -159,6 +160,7 @@ def _encode_features(
             partner = tl.where(is_first, feature + 1, feature - 1)
         turns = inside & (feature < ROTARY_DIM)
         position = tl.load(positions + row, row < num_tokens, 0)
+        position = tl.minimum(tl.maximum(position, 0), max_position - 1)
         angles = cos_sin_cache + position * ROTARY_DIM + angle
         cos = tl.load(angles, turns, 1).to(tl.float32)
         sin = tl.load(angles + half, turns, 0).to(tl.float32)
@@ -261,6 +263,7 @@ def encode_features(
         cos_sin_cache,
         key,
         len(qkv),
+        len(cos_sin_cache),
         HEADS=num_heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,

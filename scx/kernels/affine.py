@@ -13,7 +13,7 @@ import torch
 
 from scx.kernels import panels
 from scx.kernels.compiled import converters, element_of, helper, kernel
-from scx.kernels.rotary import rotate_heads
+from scx.kernels.rotary import angles_at, rotate_heads
 from scx.kernels.rows import prefetch_row
 
 KEY = "float32[:, :, :, ::1]"
@@ -58,7 +58,7 @@ def encode_features_kernel(dtype: torch.dtype) -> Callable:
                 if j + 1 < last:
                     prefetch_row(src[rank[j + 1]])
                 row, turned = src[rank[j]], ordered[j - begin]
-                angles = cos_sin[positions[j]]
+                angles = angles_at(cos_sin, positions, j)
                 rotate(row[:turning], turned[:turning], angles, head_dim, is_neox_style)
                 turned[turning:] = row[turning:]
             rows, encoded = ordered[: end - begin], dst[begin:end]

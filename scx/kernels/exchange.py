@@ -20,18 +20,22 @@ import triton
 import triton.language as tl
 
 from scx.kernels.protocol import (
-    FLAG_BYTES,
+    FLAG_STRIDE,
+    FORSAKEN,
     MAX_CHUNK_ROWS,
+    ROWS_BITS,
     Mailbox,
     chunk_rows_of,
-    pack_bell,
 )
 
-# A host that has not answered by then is gone: the kernel traps, which vLLM
-# reports as a CUDA error. Each poll is a read across the bus, about 1 us.
+# A host that has not answered by then is gone, without a word: the kernel traps, which
+# vLLM reports as a CUDA error. Each poll is a read across the bus, about 1 us. A host
+# that ends in order says so, and no trip waits for it (FORSAKEN).
 POLLS = 30_000_000
 
-_FLAG_STRIDE = tl.constexpr(FLAG_BYTES // 8)
+_FLAG_STRIDE = tl.constexpr(FLAG_STRIDE)
+_ROWS_BITS = tl.constexpr(ROWS_BITS)
+_FORSAKEN = tl.constexpr(FORSAKEN)
 _BLOCK = tl.constexpr(8192)
 _CHUNK_ROWS = tl.constexpr(MAX_CHUNK_ROWS)
 _WARPS = 8
@@ -62,10 +66,11 @@ def _raise_flag(pointer, value):
 
 @triton.jit
 def _await_flag(pointer, value, limit):
-    """Acquire `value` from the system, by one thread, or trap after `limit` polls."""
+    """Acquire `value` from the system, by one thread. Trap if it is FORSAKEN instead, or
+    after `limit` polls."""
     tl.inline_asm_elementwise(
         """{
-        .reg .pred other, seen, late;
+        .reg .pred other, seen, late, forsaken;
         .reg .u32 thread;
         .reg .u64 flag, polls;
         mov.u32 thread, %tid.x;
@@ -76,6 +81,8 @@ def _await_flag(pointer, value, limit):
         ld.acquire.sys.global.u64 flag, [$1];
         setp.eq.u64 seen, flag, $2;
         @seen bra AWAITED;
+        setp.eq.s64 forsaken, flag, $4;
+        @forsaken trap;
         add.u64 polls, polls, 1;
         setp.ge.u64 late, polls, $3;
         @late trap;
@@ -83,8 +90,8 @@ def _await_flag(pointer, value, limit):
         AWAITED:
         mov.u64 $0, $2;
         }""",
-        "=l,l,l,l",
-        [pointer.to(tl.int64), value, limit.to(tl.int64)],
+        "=l,l,l,l,l",
+        [pointer.to(tl.int64), value, limit.to(tl.int64), tl.cast(_FORSAKEN, tl.int64)],
         dtype=tl.int64,
         is_pure=False,
         pack=1,
@@ -103,6 +110,7 @@ def _exchange(
     ready,
     done,
     bell,
+    request,
     sequence,
     arrivals,
     num_tokens,
@@ -130,7 +138,8 @@ def _exchange(
                 tl.store(inbox_positions + row, tl.load(positions + row, inside), inside)
             _raise_flag(ready + chunk * _FLAG_STRIDE, turn)
             if chunk == 0:
-                _raise_flag(bell, (turn << 32) | hop)
+                tl.store(request, (tl.cast(hop, tl.int64) << _ROWS_BITS) | num_tokens)
+                _raise_flag(bell, turn)
     else:
         for chunk in range(program - lanes, chunks, lanes):
             first = tl.cast(chunk, tl.int64) * chunk_rows
@@ -181,11 +190,12 @@ def exchange(
         mailbox.ready,
         mailbox.done,
         mailbox.bell,
+        mailbox.request,
         sequence,
         arrivals,
         num_tokens,
         chunk_rows,
-        pack_bell(hop, chunk_rows, num_tokens),
+        hop,
         POLLS,
         WIDTH=width,
         WITH_POSITIONS=positions is not None,

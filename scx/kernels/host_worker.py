@@ -1,60 +1,92 @@
 """The host's half of the trip: threads of compiled code that serve the flags.
 
-`scx.kernels.exchange` has the other half. A worker polls the bell, and when it
-rings for a hop, claims one chunk of it after another: it waits for the rows that
-it needs, encodes or decodes, and raises the chunk's flag. So a worker whose core
-was taken from it delays one chunk only. A worker holds no GIL and no lock. It
-spins for a while after its last work and then naps.
+`scx.kernels.exchange` has the other half. Worker 0 leads: it hears the bell, checks
+what the accelerator asks for, draws the random words of the step's row order, and
+announces the trip to the others. Then every worker claims one chunk after another: it
+waits for the rows that it needs, encodes or decodes, and raises the chunk's flag. So a
+worker whose core was taken from it delays one chunk only. Workers hold no GIL and no
+lock. They spin for a while after their last work and then nap.
 
-Rows are shuffled within groups of GROUP_ROWS, so that the first rows of a long
-prefill can go back before the last have arrived; a step of up to that many
-tokens is one group. The random words of a layer's next permutation are drawn
-by worker 0 while the accelerator is busy elsewhere; each worker turns the same
-words into the same permutation, and each word is used once. Worker 0 serves the
-first chunk of each hop, so that no hop ends before it has seen to the words.
+Who writes and who reads each shared word:
+
+    word     written by        read by      why that order is safe
+    bell     accelerator       worker 0     released after `request`
+    request  accelerator       worker 0     read once, checked, copied to `trip`
+    ready    accelerator       all workers  released after the chunk's rows and positions
+    done     all workers       accelerator  released after the chunk's answer
+    TURN     worker 0          the others   released after `trip`, the words and CLAIMS
+    CLAIMS   all workers       all workers  compare-exchange; it holds the turn, so that a
+                                            late worker cannot claim in another trip
+    served   its own worker    worker 0     released after the chunk; a trip is announced
+                                            when all chunks of the last one are served
+    STOP     any thread        all workers  ends every wait
+    STATUS   first that fails  all workers  compare-exchange from OK; ends every wait
+
+The first four lie in memory that the accelerator can write at any time. It is not
+trusted: what comes from there is only compared, or checked after it was read once, or
+copied as data. The rest is this process's own.
+
+Rows are shuffled within groups of GROUP_ROWS or more, so that the first rows of a long
+prefill can go back before the last have arrived. Each worker turns the same words into
+the same permutation, and each word is used once: a step that was abandoned takes its
+words with it. Those of a layer's next step are drawn while the accelerator is busy
+elsewhere.
 """
 
 import ctypes
 import functools
-import platform
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import int64, intp
-from numba.core import cgutils
-from numba.core.typing import signature
-from numba.extending import intrinsic
 
-from scx.kernels.compiled import element_of
+from scx.kernels.atomics import (
+    compare_exchange,
+    libc,
+    load_acquire,
+    load_once,
+    spin,
+    store_release,
+)
+from scx.kernels.compiled import helper
 from scx.kernels.host import host_kernels
 from scx.kernels.protocol import (
-    CHUNK_BITS,
-    FLAG_BYTES,
+    FLAG_STRIDE,
+    FORSAKEN,
     GROUP_ROWS,
-    HOP_BITS,
-    TOKEN_BITS,
+    ROWS_BITS,
+    chunk_rows_of,
+    group_of,
 )
-
-_I64 = ir.IntType(64)
 
 ENCODE_ROWS, ENCODE_FEATURES, DECODE_FEATURES = range(3)
 
+# What a worker's loop returns, and the values of STATUS.
+OK, NO_RANDOMNESS, CUT_OFF, BAD_REQUEST = range(4)
+# Of a wait that ends because its worker is to stop.
+_ENDED = -1
+
+# Words of `control`, a cache line each.
+STOP, STATUS, TURN, CLAIMS, BUSY_SINCE, BUSY_HOP = range(0, 6 * FLAG_STRIDE, FLAG_STRIDE)
+CONTROL_WORDS = 6 * FLAG_STRIDE
 # Columns of the table of hops.
 HOP_KIND, HOP_LAYER, HOP_WIDTH = range(3)
-# Columns of the counters, one row a layer. The time is in nanoseconds.
+# Columns of `trip`.
+TRIP_HOP, TRIP_TOKENS, TRIP_CHUNKS = range(3)
+# Columns of `orders`, one row per layer: fresh words, and rows of the step on its way.
+FRESH, SENT = range(2)
+# Columns of the counters, one row per layer. The time is in nanoseconds.
 COUNT_STEPS, COUNT_CROSSINGS, COUNT_BYTES_IN, COUNT_BYTES_OUT, COUNT_TIME = range(5)
 
-_TOKEN_MASK = (1 << TOKEN_BITS) - 1
-_CHUNK_MASK = (1 << CHUNK_BITS) - 1
-_HOP_MASK = (1 << HOP_BITS) - 1
-_CLAIM_MASK = (1 << 32) - 1
+# CLAIMS holds the low bits of the turn above these, and the chunks that are left.
+_CLAIM_BITS = 32
+_CLAIM_MASK = (1 << _CLAIM_BITS) - 1
+_ROWS_MASK = (1 << ROWS_BITS) - 1
 
-# About 40 ns a spin: 20 ms, more than the gap between two decode steps.
+# About 40 ns per spin: 20 ms, more than the gap between two decode steps.
 _SPINS = 500_000
 # Short naps while an engine may be between two layers of a long step; long ones once
 # it has been idle for about a second, so that it leaves the cores alone.
@@ -62,232 +94,361 @@ _SHORT_NAP_MICROSECONDS, _LONG_NAP_MICROSECONDS = 50, 1000
 _SHORT_NAPS = 10_000
 
 
-def _load_acquire_code(typing_context, address):
-    def emit(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
-        return builder.load_atomic(pointer, "acquire", 8)
+class Shared(NamedTuple):
+    """The arrays of a Mailbox, which the accelerator maps."""
 
-    return signature(int64, intp), emit
-
-
-def _store_release_code(typing_context, address, value):
-    def emit(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
-        builder.store_atomic(arguments[1], pointer, "release", 8)
-        return arguments[1]
-
-    return signature(int64, intp, int64), emit
+    inbox: Any
+    outbox: Any
+    positions: Any
+    ready: Any
+    done: Any
+    bell: Any
+    request: Any
 
 
-def _compare_exchange_code(typing_context, address, expected, value):
-    """1 where the word at an address was as expected and now has the value, else 0."""
+class Private(NamedTuple):
+    """This process's own memory."""
 
-    def emit(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
-        order = ("acq_rel", "acquire")
-        result = builder.cmpxchg(pointer, arguments[1], arguments[2], *order)
-        return builder.zext(builder.extract_value(result, 1), _I64)
-
-    return signature(int64, intp, int64, int64), emit
-
-
-def _relax_code(typing_context):
-    """Tell an x86 core that this is a spin loop; others have no need of it."""
-
-    def emit(context, builder, signature, arguments):
-        if platform.machine() in ("x86_64", "AMD64"):
-            kind = ir.FunctionType(ir.VoidType(), [])
-            name = "llvm.x86.sse2.pause"
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
-        return _I64(0)
-
-    return signature(int64), emit
-
-
-# Their Python signature is not the one that compiled code calls.
-_load_acquire: Any = intrinsic(_load_acquire_code)
-_store_release: Any = intrinsic(_store_release_code)
-_compare_exchange: Any = intrinsic(_compare_exchange_code)
-_relax: Any = intrinsic(_relax_code)
+    control: Any
+    """int64 (CONTROL_WORDS,)"""
+    served: Any
+    """int64 (workers, FLAG_STRIDE): in the first column, chunks that each has served."""
+    trip: Any
+    """int64 (3,): the trip that worker 0 announced."""
+    hops: Any
+    """int64 (hops, 3): kind, layer and width."""
+    orders: Any
+    """int64 (layers, 2): FRESH and SENT, worker 0's alone."""
+    words: Any
+    """uint64 (layers, max_tokens): the random words of each layer's row order."""
+    encoding_keys: Any
+    """(layers, ...), as the codec's kernels take one layer's."""
+    decoding_keys: Any
+    """Likewise."""
+    cos_sin: Any
+    """float32 (max_position, R)"""
+    counters: Any
+    """int64 (layers, 5)"""
+    num_heads: int
+    is_neox_style: bool
+    patience: int
+    """Short naps that a worker waits for a chunk at most."""
 
 
-def _libc(name: str, *arguments: Any) -> Callable:
-    """A function of the C library that takes `arguments` and returns an int."""
-    function = ctypes.CDLL(None)[name]
-    function.argtypes = arguments
-    function.restype = ctypes.c_int
-    return function
+_chunk_rows_of, _group_of = helper(chunk_rows_of), helper(group_of)
+
+
+@helper
+def _address(words, index):
+    return words.ctypes.data + 8 * index
+
+
+@helper
+def _ends(own):
+    """Whether this worker is to stop."""
+    control = own.control
+    return (
+        load_acquire(_address(control, STOP)) != 0
+        or load_acquire(_address(control, STATUS)) != OK
+    )
+
+
+@helper
+def _claim(own, turn):
+    """The next chunk of a turn that nobody has, or -1 if none is left."""
+    address = _address(own.control, CLAIMS)
+    while True:
+        word = load_acquire(address)
+        left = word & _CLAIM_MASK
+        if word >> _CLAIM_BITS != (turn << _CLAIM_BITS) >> _CLAIM_BITS or left == 0:
+            return -1
+        if compare_exchange(address, word, word - 1) == 1:
+            # Only now, as the trip cannot change before this chunk is served.
+            return own.trip[TRIP_CHUNKS] - left
+
+
+@functools.cache
+def _waits() -> tuple[Callable, Callable, Callable]:
+    """Compiled functions that wait: for rows, for the other workers, for a trip."""
+    usleep = libc("usleep", ctypes.c_uint)
+
+    @helper
+    def wait_for_rows(shared, own, first, last, turn):
+        """Wait for chunks [first, last): OK once all are there, _ENDED if this worker is
+        to stop, CUT_OFF if they do not come."""
+        for chunk in range(first, last):
+            flag = _address(shared.ready, FLAG_STRIDE * chunk)
+            spins = naps = 0
+            while load_acquire(flag) != turn:
+                if _ends(own):
+                    return _ENDED
+                if spins < _SPINS:
+                    spin(spins)
+                    spins += 1
+                elif naps < own.patience:
+                    usleep(_SHORT_NAP_MICROSECONDS)
+                    naps += 1
+                else:
+                    return CUT_OFF
+        return OK
+
+    @helper
+    def wait_for_workers(own, chunks):
+        """Wait until `chunks` chunks are served in all: OK, or _ENDED."""
+        spins = 0
+        while not _ends(own):
+            served = 0
+            for worker in range(len(own.served)):
+                served += load_acquire(_address(own.served, FLAG_STRIDE * worker))
+            if served == chunks:
+                return OK
+            spin(spins)
+            spins += 1
+        return _ENDED
+
+    @helper
+    def wait_for_trip(bell, heard, own):
+        """OK and the turn at address `bell` once it is not `heard`, or _ENDED."""
+        spins = naps = 0
+        while True:
+            turn = load_acquire(bell)
+            if turn != heard:
+                return OK, turn
+            if _ends(own):
+                return _ENDED, heard
+            if spins < _SPINS:
+                spin(spins)
+                spins += 1
+            elif naps < _SHORT_NAPS:
+                usleep(_SHORT_NAP_MICROSECONDS)
+                naps += 1
+            else:
+                usleep(_LONG_NAP_MICROSECONDS)
+
+    return wait_for_rows, wait_for_workers, wait_for_trip
+
+
+@functools.cache
+def _clock() -> Callable:
+    clock_gettime = libc("clock_gettime", ctypes.c_int, ctypes.c_void_p)
+    clock = time.CLOCK_MONOTONIC
+
+    @helper
+    def nanoseconds(moment):
+        """The time, by way of `moment`, int64 (2,): a struct timespec."""
+        clock_gettime(clock, moment.ctypes)
+        return 1_000_000_000 * moment[0] + moment[1]
+
+    return nanoseconds
+
+
+@functools.cache
+def _leading(dtype: torch.dtype, codec: str) -> tuple[Callable, Callable]:
+    """What worker 0 does beside its chunks: accept a trip, and draw ahead after it."""
+    fill_random = host_kernels(dtype, codec).fill_random
+
+    @helper
+    def accept(shared, own, turn):
+        """Check what the accelerator asks for, draw the words of a new row order, and
+        announce the trip: OK, BAD_REQUEST or NO_RANDOMNESS."""
+        request = load_once(_address(shared.request, 0))
+        hop, tokens = request >> ROWS_BITS, request & _ROWS_MASK
+        if hop < 0 or hop >= len(own.hops) or tokens < 1 or tokens > own.words.shape[1]:
+            return BAD_REQUEST
+        store_release(_address(own.control, BUSY_HOP), hop)
+        kind, layer = own.hops[hop, HOP_KIND], own.hops[hop, HOP_LAYER]
+        order = own.orders[layer]
+        if kind == ENCODE_ROWS:
+            fresh = min(order[FRESH], tokens)
+            order[FRESH] = order[SENT] = 0
+            if fill_random(own.words[layer, fresh:tokens]) != 0:
+                return NO_RANDOMNESS
+            order[SENT] = tokens
+        elif kind == ENCODE_FEATURES:
+            # In the order of rows that were sent, and once.
+            if order[SENT] != tokens:
+                return BAD_REQUEST
+            order[SENT] = 0
+        size = tokens * own.hops[hop, HOP_WIDTH] * shared.inbox.itemsize
+        counters = own.counters[layer]
+        counters[COUNT_STEPS] += kind == ENCODE_ROWS
+        counters[COUNT_CROSSINGS] += 2
+        counters[COUNT_BYTES_IN] += size
+        counters[COUNT_BYTES_OUT] += size
+        if kind == ENCODE_FEATURES:
+            counters[COUNT_BYTES_IN] += tokens * shared.positions.itemsize
+        rows = _chunk_rows_of(tokens)
+        chunks = (tokens + rows - 1) // rows
+        own.trip[TRIP_HOP], own.trip[TRIP_TOKENS] = hop, tokens
+        own.trip[TRIP_CHUNKS] = chunks
+        # Chunk 0 is worker 0's own.
+        claims = (turn << _CLAIM_BITS) | (chunks - 1)
+        store_release(_address(own.control, CLAIMS), claims)
+        store_release(_address(own.control, TURN), turn)
+        return OK
+
+    @helper
+    def draw_ahead(own, layer, tokens):
+        """Draw the words of a layer's next step, as long as this one was: OK or
+        NO_RANDOMNESS."""
+        order = own.orders[layer]
+        order[FRESH] = order[SENT] = 0
+        if fill_random(own.words[layer, :tokens]) != 0:
+            return NO_RANDOMNESS
+        order[FRESH] = tokens
+        return OK
+
+    return accept, draw_ahead
+
+
+class _Trip(NamedTuple):
+    turn: Any
+    kind: Any
+    layer: Any
+    width: Any
+    tokens: Any
+    chunk_rows: Any
+
+
+class _Order(NamedTuple):
+    """A worker's own: the row order of one group."""
+
+    pi: Any
+    rank: Any
+    begin: Any
+    """int64 (1,): the first row of the group that was drawn last, or -1."""
+
+
+@functools.cache
+def _chunk_server(dtype: torch.dtype, codec: str) -> Callable:
+    """A compiled function that serves one chunk of a trip, by the kind of its hop."""
+    kernels = host_kernels(dtype, codec)
+    encode_rows, encode_features = kernels.encode_rows, kernels.encode_features
+    decode_features, draw_permutation = kernels.decode_features, kernels.draw_permutation
+    wait_for_rows, _, _ = _waits()
+
+    @helper
+    def rows_of(flat, trip):
+        return flat[: trip.tokens * trip.width].reshape(trip.tokens, trip.width)
+
+    @helper
+    def wait_for_group(shared, own, trip, order, begin, end):
+        """Draw the order of rows [begin, end) and wait for all of them."""
+        if order.begin[0] != begin:
+            pi, rank = order.pi[: end - begin], order.rank[: end - begin]
+            draw_permutation(own.words[trip.layer, begin:end], pi, rank)
+            order.begin[0] = begin
+        last = (end + trip.chunk_rows - 1) // trip.chunk_rows
+        return wait_for_rows(shared, own, begin // trip.chunk_rows, last, trip.turn)
+
+    @helper
+    def serve_chunk(shared, own, trip, order, chunk):
+        """Answer a chunk and raise its flag: OK, or why it is not answered."""
+        first = chunk * trip.chunk_rows
+        last = min(first + trip.chunk_rows, trip.tokens)
+        source, target = rows_of(shared.inbox, trip), rows_of(shared.outbox, trip)
+        begin, end = first, last
+        if trip.kind == DECODE_FEATURES:
+            status = wait_for_rows(shared, own, chunk, chunk + 1, trip.turn)
+        else:
+            begin, end = _group_of(first, trip.tokens)
+            status = wait_for_group(shared, own, trip, order, begin, end)
+        if status != OK:
+            return status
+        source, target = source[begin:end], target[begin:end]
+        first, last = first - begin, last - begin
+        if trip.kind == ENCODE_ROWS:
+            encode_rows(source, target, order.pi, first, last)
+        elif trip.kind == ENCODE_FEATURES:
+            encode_features(
+                source,
+                target,
+                order.rank,
+                shared.positions[begin:end],
+                own.cos_sin,
+                own.encoding_keys[trip.layer],
+                own.num_heads,
+                own.is_neox_style,
+                first,
+                last,
+            )
+        else:
+            decode_features(source, target, own.decoding_keys[trip.layer], first, last)
+        store_release(_address(shared.done, FLAG_STRIDE * chunk), trip.turn)
+        return OK
+
+    return serve_chunk
 
 
 @functools.cache
 def worker_loop(dtype: torch.dtype, codec: str) -> Callable:
-    """The compiled loop of one worker for rows of `dtype` and a codec of features. It
-    returns 0 when it is told to stop and 1 where the operating system gave no
-    randomness."""
-    kernels = host_kernels(dtype, codec)
-    encode_rows, encode_features = kernels.encode_rows, kernels.encode_features
-    decode_features, fill_random = kernels.decode_features, kernels.fill_random
-    draw_permutation = kernels.draw_permutation
-    usleep = _libc("usleep", ctypes.c_uint)
-    clock_gettime = _libc("clock_gettime", ctypes.c_int, ctypes.c_void_p)
-    clock = time.CLOCK_MONOTONIC
-    element = element_of(dtype)
-    # One more axis, for the layers.
-    keys = kernels.key.replace("[", "[:, ")
+    """serve(worker, shared, own), the loop of one worker for rows of `dtype` and a codec
+    of features.
 
-    @numba.njit(nogil=True, error_model="numpy")
-    def nanoseconds(moment):
-        # A struct timespec of two 64-bit integers.
-        clock_gettime(clock, moment.ctypes)
-        return 1_000_000_000 * moment[0] + moment[1]
+    `worker` is an intp, `shared` a Shared and `own` a Private. Returns OK when it is told
+    to stop, also by another worker's failure, and else why this worker ended the loop of
+    all: NO_RANDOMNESS if the operating system gave none, CUT_OFF if rows that were
+    announced did not come, BAD_REQUEST if the accelerator asked for what it may not.
+    """
+    _, wait_for_workers, wait_for_trip = _waits()
+    accept, draw_ahead = _leading(dtype, codec)
+    serve_chunk, nanoseconds = _chunk_server(dtype, codec), _clock()
 
-    @numba.njit(nogil=True, error_model="numpy")
-    def wait_for(address, value):
-        while _load_acquire(address) < value:
-            _relax()
-
-    @numba.njit(nogil=True, error_model="numpy")
-    def wait_for_chunks(ready, first, last, turn):
-        for chunk in range(first, last):
-            while _load_acquire(ready + FLAG_BYTES * chunk) != turn:
-                _relax()
-
-    @numba.njit(nogil=True, error_model="numpy")
-    def claim(claims, turn, chunks):
-        """The next chunk of a turn that nobody has; `chunks` where none is left."""
-        while True:
-            word = _load_acquire(claims)
-            if word >> 32 > turn:
-                return chunks
-            # Worker 0 has chunk 0.
-            chunk = word & _CLAIM_MASK if word >> 32 == turn else 1
-            if chunk >= chunks:
-                return chunks
-            if _compare_exchange(claims, word, (turn << 32) | (chunk + 1)) == 1:
-                return chunk
-
-    @numba.njit(
-        "intp(intp, intp, intp, intp, intp, intp, intp, "
-        f"{element}[::1], {element}[::1], int64[::1], int64[:, ::1], {keys}, {keys}, "
-        "float32[:, ::1], intp, boolean, uint64[:, ::1], int64[::1], int64[:, ::1])",
-        nogil=True,
-        error_model="numpy",
-    )
-    def serve(
-        worker,
-        stop,
-        bell,
-        claims,
-        ready,
-        done,
-        words_left_address,
-        inbox,
-        outbox,
-        positions,
-        hops,
-        encoding_keys,
-        decoding_keys,
-        cos_sin,
-        num_heads,
-        is_neox_style,
-        words,
-        words_left,
-        counters,
-    ):
-        pi = np.empty(GROUP_ROWS, np.int32)
-        rank = np.empty(GROUP_ROWS, np.int32)
+    @helper
+    def serve_trips(worker, shared, own):
+        control, leads = own.control, worker == 0
+        bell = _address(shared.bell, 0) if leads else _address(control, TURN)
+        own_served = _address(own.served, FLAG_STRIDE * worker)
+        pi = np.empty(2 * GROUP_ROWS, np.int32)
+        order = _Order(pi, np.empty_like(pi), np.empty(1, np.int64))
         moment = np.empty(2, np.int64)
-        heard = np.int64(0)
-        spins = naps = 0
+        turn = served = announced = np.int64(0)
+        start = np.int64(0)
         while True:
-            ringing = _load_acquire(bell)
-            if ringing == heard:
-                if _load_acquire(stop) != 0:
-                    return 0
-                spins += 1
-                if spins < _SPINS:
-                    _relax()
-                elif naps < _SHORT_NAPS:
-                    usleep(_SHORT_NAP_MICROSECONDS)
-                    naps += 1
-                else:
-                    usleep(_LONG_NAP_MICROSECONDS)
+            status, turn = wait_for_trip(bell, turn, own)
+            if leads and status == OK:
+                start = nanoseconds(moment)
+                store_release(_address(control, BUSY_SINCE), start)
+                status = wait_for_workers(own, announced)
+                if status == OK:
+                    status = accept(shared, own, turn)
+                announced += own.trip[TRIP_CHUNKS]
+            if status != OK:
+                return status
+            chunk = np.int64(0) if leads else _claim(own, turn)
+            if chunk < 0:
                 continue
-            heard, naps = ringing, 0
-            turn = ringing >> 32
-            tokens = ringing & _TOKEN_MASK
-            rows = 1 << ((ringing >> TOKEN_BITS) & _CHUNK_MASK)
-            hop = (ringing >> (TOKEN_BITS + CHUNK_BITS)) & _HOP_MASK
-            kind, layer = hops[hop, HOP_KIND], hops[hop, HOP_LAYER]
-            width = hops[hop, HOP_WIDTH]
-            chunks = (tokens + rows - 1) // rows
-            fresh = words_left_address + 8 * layer
-            start = nanoseconds(moment)
-            if worker == 0:
-                counters[layer, COUNT_STEPS] += kind == ENCODE_ROWS
-                counters[layer, COUNT_CROSSINGS] += 2
-                counters[layer, COUNT_BYTES_IN] += tokens * width * inbox.itemsize
-                counters[layer, COUNT_BYTES_OUT] += tokens * width * inbox.itemsize
-                if kind == ENCODE_FEATURES:
-                    counters[layer, COUNT_BYTES_IN] += tokens * positions.itemsize
-                if kind == ENCODE_ROWS and words_left[layer] < tokens:
-                    if fill_random(words[layer, words_left[layer] : tokens]) != 0:
-                        return 1
-                    _store_release(fresh, tokens)
-                elif kind == DECODE_FEATURES:
-                    # Before this worker's first flag of the hop, so before any
-                    # later hop, in which the old words would count as fresh.
-                    _store_release(fresh, 0)
-            drawn = -1
-            source = inbox[: tokens * width].reshape(tokens, width)
-            target = outbox[: tokens * width].reshape(tokens, width)
-            chunk = np.int64(0) if worker == 0 else claim(claims, turn, chunks)
-            while chunk < chunks:
-                # A worker that finds nothing to do goes on to its nap.
-                spins = 0
-                first = chunk * rows
-                last = min(first + rows, tokens)
+            hop, tokens = own.hops[own.trip[TRIP_HOP]], own.trip[TRIP_TOKENS]
+            kind, layer, width = hop[HOP_KIND], hop[HOP_LAYER], hop[HOP_WIDTH]
+            trip = _Trip(turn, kind, layer, width, tokens, _chunk_rows_of(tokens))
+            order.begin[0] = -1
+            while chunk >= 0:
+                status = serve_chunk(shared, own, trip, order, chunk)
+                if status != OK:
+                    return status
+                served += 1
+                store_release(own_served, served)
+                chunk = _claim(own, turn)
+            if leads:
+                own.counters[layer, COUNT_TIME] += nanoseconds(moment) - start
+                store_release(_address(control, BUSY_SINCE), 0)
                 if kind == DECODE_FEATURES:
-                    wait_for_chunks(ready, chunk, chunk + 1, turn)
-                    decode_features(source, target, decoding_keys[layer], first, last)
-                else:
-                    group = first // GROUP_ROWS
-                    begin = group * GROUP_ROWS
-                    end = min(begin + GROUP_ROWS, tokens)
-                    if drawn != group:
-                        wait_for(fresh, tokens)
-                        size = end - begin
-                        draw_permutation(words[layer, begin:end], pi[:size], rank[:size])
-                        drawn = group
-                    wait_for_chunks(ready, begin // rows, (end + rows - 1) // rows, turn)
-                    if kind == ENCODE_ROWS:
-                        encode_rows(
-                            source[begin:end],
-                            target[begin:end],
-                            pi,
-                            first - begin,
-                            last - begin,
-                        )
-                    else:
-                        encode_features(
-                            source[begin:end],
-                            target[begin:end],
-                            rank,
-                            positions[begin:end],
-                            cos_sin,
-                            encoding_keys[layer],
-                            num_heads,
-                            is_neox_style,
-                            first - begin,
-                            last - begin,
-                        )
-                _store_release(done + FLAG_BYTES * chunk, turn)
-                chunk = claim(claims, turn, chunks)
-            if worker == 0:
-                counters[layer, COUNT_TIME] += nanoseconds(moment) - start
-                if kind == DECODE_FEATURES:
-                    if fill_random(words[layer, :tokens]) != 0:
-                        return 1
-                    _store_release(fresh, tokens)
+                    # Nobody reads the words of this layer before they are announced.
+                    status = draw_ahead(own, layer, tokens)
+                    if status != OK:
+                        return status
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def serve(worker, shared, own):
+        status = serve_trips(worker, shared, own)
+        if status == _ENDED:
+            status = OK
+        address = _address(own.control, STATUS)
+        if status != OK and compare_exchange(address, OK, status) == 0:
+            status = OK
+        # Each worker does so after its last answer, so that none stays as it was.
+        for flag in range(0, len(shared.done), FLAG_STRIDE):
+            store_release(_address(shared.done, flag), FORSAKEN)
+        return status
 
     return serve

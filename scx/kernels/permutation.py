@@ -12,7 +12,7 @@ import torch
 
 from scx.kernels import avx512
 from scx.kernels.compiled import element_of, helper, kernel
-from scx.kernels.rotary import rotate_heads
+from scx.kernels.rotary import angles_at, rotate_heads
 from scx.kernels.rows import prefetch_row
 
 KEY = "uint16[:, ::1]"
@@ -51,7 +51,8 @@ def encode_features_kernel(dtype: torch.dtype) -> Callable:
         for j in range(first, last):
             if j + 1 < last:
                 prefetch_row(src[rank[j + 1]])
-            row, encoded, angles = src[rank[j]], dst[j], cos_sin[positions[j]]
+            row, encoded = src[rank[j]], dst[j]
+            angles = angles_at(cos_sin, positions, j)
             turn_heads(
                 row[:queries], encoded[:queries], key, angles, is_neox_style, rotated
             )

@@ -1,60 +1,92 @@
-"""What the two halves of a trip to the host agree on: chunks, flags, the bell.
+"""What the two halves of a trip to the host agree on.
 
-The accelerator raises a chunk's `ready` flag to the turn in which it sent the
-chunk, the host raises `done` to the turn in which it answered. The bell says
-what to do: the turn in its high 32 bits, and in its low 32 bits hop, log2 of the
-rows a chunk, and tokens of the step.
+The accelerator numbers its trips: 1, 2, 3. The turn is a signed 64-bit word, which
+trips of a microsecond each fill in 292,000 years. It raises a chunk's `ready` flag
+to the turn in which it sent the chunk, and the host raises `done` to the turn in
+which it answered. `request` says which hop of which layer the trip is, and for how
+many rows; it is written before the bell rings. Nothing else is told: how rows are
+cut into chunks and groups follows from their number.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from scx.errors import SCXUnsupportedError
+
 MAX_CHUNK_ROWS = 32
 
-# A short step is cut into so many chunks at least, where it has as many rows.
+# A short step is cut into at least this many chunks if it has as many rows.
 CHUNKS = 32
 
 # A flag has a cache line to itself: its neighbours belong to other cores.
 FLAG_BYTES = 64
+FLAG_STRIDE = FLAG_BYTES // 8
 
-TOKEN_BITS = 20
-CHUNK_BITS = 3
-HOP_BITS = 9
-
-# Rows are shuffled within groups of so many.
+# Rows are shuffled within groups of this many; the last group has up to twice as many.
 GROUP_ROWS = 2048
+
+# `request` holds the hop above these bits and the number of rows in them.
+ROWS_BITS = 32
+LIMIT = 1 << 31
+"""Rows of a step, and hops, must stay below this: kernels count them in 32 bits."""
+
+FORSAKEN = -1
+"""The value of every `done` flag once the host answers no more, whatever the reason."""
 
 
 def chunk_rows_of(num_tokens: int) -> int:
-    """Rows a chunk, a power of two. Many small chunks keep both directions of the bus
+    """Rows per chunk, a power of two. Many small chunks keep both directions of the bus
     and all cores at work; beyond MAX_CHUNK_ROWS that gains nothing more."""
-    rows = max(1, min(MAX_CHUNK_ROWS, num_tokens // CHUNKS))
-    return 1 << (rows.bit_length() - 1)
+    rows = 1
+    while 2 * rows <= min(MAX_CHUNK_ROWS, num_tokens // CHUNKS):
+        rows *= 2
+    return rows
 
 
-def pack_bell(hop: int, chunk_rows: int, num_tokens: int) -> int:
-    """The low 32 bits of the bell."""
-    log_rows = chunk_rows.bit_length() - 1
-    return ((hop << CHUNK_BITS) | log_rows) << TOKEN_BITS | num_tokens
+def group_of(row: int, num_tokens: int) -> tuple[int, int]:
+    """The first row of the group that `row` is shuffled in, and the row after its last.
+
+    What is left of a step beyond whole groups belongs to the last one: a group of its
+    own could be so small that its order hides nothing.
+    """
+    last = max(num_tokens // GROUP_ROWS, 1) - 1
+    group = min(row // GROUP_ROWS, last)
+    return group * GROUP_ROWS, num_tokens if group == last else (group + 1) * GROUP_ROWS
+
+
+def require_within_limits(max_tokens: int, hops: int) -> None:
+    """Raise SCXUnsupportedError for more rows per step, or hops, than can be told."""
+    if max_tokens >= LIMIT:
+        raise SCXUnsupportedError(
+            f"max_num_batched_tokens={max_tokens}: with the host as secure device a step "
+            f"has fewer than {LIMIT} tokens"
+        )
+    if hops >= LIMIT:
+        raise SCXUnsupportedError(
+            f"{hops} hops per step: with the host as secure device there are fewer than "
+            f"{LIMIT}, so encode fewer layers"
+        )
 
 
 @dataclass(frozen=True)
 class Mailbox:
-    """Pinned memory that both sides map."""
+    """Pinned memory that both sides map. The accelerator can write it at any time."""
 
     inbox: torch.Tensor
     """Rows from the accelerator, flat."""
     outbox: torch.Tensor
     """Rows for the accelerator, flat."""
     positions: torch.Tensor
-    """int64, one a token."""
+    """int64, one per token."""
     ready: torch.Tensor
-    """int64, a cache line a chunk: the turn in which it was sent."""
+    """int64, a cache line per chunk: the turn in which it was sent."""
     done: torch.Tensor
-    """int64, a cache line a chunk: the turn in which it was answered."""
+    """int64, a cache line per chunk: the turn in which it was answered, or FORSAKEN."""
     bell: torch.Tensor
-    """int64 (1,): turn and hop, as `pack_bell` has it."""
+    """int64 (1,): the turn that began last."""
+    request: torch.Tensor
+    """int64 (1,): the hop, shifted by ROWS_BITS, and the rows of that turn."""
 
     @classmethod
     def allocate(cls, max_tokens: int, max_width: int, dtype: torch.dtype) -> "Mailbox":
@@ -70,9 +102,10 @@ class Mailbox:
             inbox=zeros(max_tokens * max_width, dtype),
             outbox=zeros(max_tokens * max_width, dtype),
             positions=zeros(max_tokens, torch.int64),
-            ready=zeros(chunks * FLAG_BYTES // 8, torch.int64),
-            done=zeros(chunks * FLAG_BYTES // 8, torch.int64),
+            ready=zeros(chunks * FLAG_STRIDE, torch.int64),
+            done=zeros(chunks * FLAG_STRIDE, torch.int64),
             bell=zeros(1, torch.int64),
+            request=zeros(1, torch.int64),
         )
 
     @property

@@ -6,7 +6,20 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from scx.kernels.atomics import load_once
 from scx.kernels.compiled import converters, helper
+
+
+@helper
+def angles_at(cos_sin, positions, row):
+    """The angles in `cos_sin` (max_position, R) for the position of a row.
+
+    Positions come from the accelerator, which could change one between a check and its
+    use. One that the table does not have counts as the nearest that it has, as in
+    `codec.apply_rotary`.
+    """
+    position = load_once(positions.ctypes.data + 8 * row)
+    return cos_sin[min(max(position, 0), len(cos_sin) - 1)]
 
 
 @functools.cache

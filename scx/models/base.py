@@ -12,7 +12,7 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-from scx import codecs, engine, metrics, watchdog
+from scx import codecs, cores, engine, metrics, watchdog
 from scx.attention import OP_NAME, SCXAttention, logger
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
 from scx.keys import RootKey, SCXConfig, get_scx_config
@@ -115,7 +115,7 @@ def _attach_secure_layers(
     if engine.uses_host_device(config, vllm_config.model_config):
         # Here and not above: vLLM's CPU platform scans all modules while it starts
         # and stumbles over llvmlite (vllm/triton_utils/dispatcher.py).
-        from scx.host_device import HostDevice, HostSecureLayer, default_workers
+        from scx.host_device import HostDevice, HostSecureLayer
 
         host = HostDevice(
             features,
@@ -126,11 +126,18 @@ def _attach_secure_layers(
             engine.max_step_tokens(vllm_config),
             vllm_config.model_config.dtype,
             rotary.cos_sin_cache.device,
-            default_workers(get_tensor_model_parallel_world_size()),
+            cores.workers_for(
+                cores.usable_cores(), cores.ranks_here(vllm_config.parallel_config)
+            ),
         )
         for slot, layer in enumerate(layers):
             layer.secure = HostSecureLayer(host, slot)
-        logger.info("SCX staging: %.1f MiB pinned", host.mailbox.nbytes / 2**20)
+        watchdog.watch({layer.layer_index: layer.secure for layer in layers})
+        logger.info(
+            "SCX host device: %d workers, %.1f MiB pinned",
+            len(host.workers.threads),
+            host.mailbox.nbytes / 2**20,
+        )
         return
     device, secure_layer = torch.device(config.secure_device), SecureLayer
     if engine.uses_accelerator(config, vllm_config.model_config):
