@@ -79,7 +79,7 @@ def test_a_call_that_fails_does_not_count_as_waiting():
     layer = SecureLayer(torch.device("cpu"), features, torch.randn(4, 8), True, 4)
     layer.encode_rows(torch.randn(3, 8))
     with pytest.raises(IndexError):
-        layer.encode_features(torch.randn(3, 64), torch.tensor([0, 1, 99]))
+        layer.encode_features(torch.randn(2, 64), torch.tensor([0, 1]))
     assert layer.busy_since is None
 
 

@@ -135,7 +135,8 @@ class Private(NamedTuple):
     """Short naps that a worker waits for a chunk at most."""
 
 
-_chunk_rows_of, _group_of = helper(chunk_rows_of), helper(group_of)
+_chunk_rows_of: Any = helper(chunk_rows_of)
+_group_of: Any = helper(group_of)
 
 
 @helper
@@ -381,7 +382,7 @@ def _chunk_server(dtype: torch.dtype, codec: str) -> Callable:
 
 
 @functools.cache
-def worker_loop(dtype: torch.dtype, codec: str) -> Callable:
+def worker_loop(dtype: torch.dtype, codec: str) -> Any:
     """serve(worker, shared, own), the loop of one worker for rows of `dtype` and a codec
     of features.
 
