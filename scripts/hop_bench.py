@@ -2,9 +2,10 @@
 
     python -m scripts.hop_bench [--out FILE.json] [--workers N]
 
-For the shapes of Qwen2-1.5B: each kind of trip, in a CUDA graph of 60 for small
-steps and eagerly for long ones, beside plain pinned copies of the same bytes in
-both directions, one after the other and at once. Medians of 9.
+For the shapes of Qwen2-1.5B: the mean of a step's three trips, in a CUDA graph of 20
+steps, where steps are small; each trip of its own where they are long. Beside them
+plain pinned copies of the same bytes in both directions, one after the other and at
+once. Medians of 9.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from scx.keys import RootKey
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 1536, 12, 2, 128
 REPEATS = 9
+STEPS = 20
 
 
 def timed(run: Callable[[], None], trips: int) -> float:
@@ -52,13 +54,31 @@ def trips(layer: HostSecureLayer, tokens: int) -> dict[str, Callable[[], None]]:
     }
 
 
-def in_graph(run: Callable[[], None], count: int) -> Callable[[], None]:
-    """A graph of `count` trips; a warm-up ran before."""
+def small(step: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Microseconds per trip, over graphs of many steps; a warm-up ran before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(count):
-            run()
-    return graph.replay
+        for trip in [*step.values()] * STEPS:
+            trip()
+    return {"trip": timed(graph.replay, STEPS * len(step))}
+
+
+def long(step: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Microseconds of each trip, from its start on the device to its end."""
+    taken: dict[str, list[float]] = {name: [] for name in step}
+    for _ in range(REPEATS):
+        # About a millisecond, in which the host draws its next words, as it does in a
+        # model while other layers run.
+        torch.cuda._sleep(2_000_000)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(step) + 1)]
+        events[0].record()
+        for trip, event in zip(step.values(), events[1:], strict=True):
+            trip()
+            event.record()
+        torch.cuda.synchronize()
+        for name, start, end in zip(step, events[:-1], events[1:], strict=True):
+            taken[name].append(start.elapsed_time(end) * 1e3)
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def copies(tokens: int, width: int) -> dict[str, float]:
@@ -116,10 +136,10 @@ def main() -> None:
     }
     for tokens in (1, 8, 64, 256, 1024, 8192, 16384):
         row = results["microseconds"][tokens] = {}
-        for name, run in trips(layer, tokens).items():
-            run()
-            small = tokens <= 256
-            row[name] = timed(in_graph(run, 60), 60) if small else timed(run, 1)
+        step = trips(layer, tokens)
+        for trip in step.values():
+            trip()
+        row |= small(step) if tokens <= 256 else long(step)
         print(tokens, {name: round(value, 1) for name, value in row.items()}, flush=True)
     print(
         {t: {k: round(v, 1) for k, v in r.items()} for t, r in results["copies"].items()}

@@ -12,6 +12,8 @@ import numba
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scx import codecs, host_device, watchdog
 from scx.errors import SCXSecureDeviceError, SCXUnsupportedError
@@ -244,14 +246,24 @@ def test_what_the_protocol_cannot_say_is_refused_by_name():
     require_within_limits(LIMIT - 1, LIMIT - 1)
 
 
-def test_no_group_is_smaller_than_a_group():
-    for tokens in (1, 2047, 2048, 2049, 4095, 4096, 4097, 2**20 + 1):
-        row = 0
-        while row < tokens:
-            begin, end = group_of(row, tokens)
-            assert begin == row
-            assert min(tokens, GROUP_ROWS) <= end - begin < 2 * GROUP_ROWS
-            row = end
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 20_000) | st.sampled_from([2**20 + 1, LIMIT - 1]))
+def test_groups_are_of_one_size(tokens):
+    chunks = -(-tokens // 32)
+    groups = set()
+    for chunk in {*range(min(chunks, 700)), chunks - 1}:
+        begin, end = group_of(32 * chunk, tokens)
+        assert begin <= 32 * chunk < end <= tokens
+        assert group_of(min(32 * chunk + 31, tokens - 1), tokens) == (begin, end)
+        assert begin % 32 == 0
+        # Whole chunks, hence up to two chunks' rows less or more.
+        if tokens > GROUP_ROWS:
+            assert 3 * GROUP_ROWS // 4 - 64 < end - begin < 3 * GROUP_ROWS // 2 + 64
+        groups.add((begin, end))
+    # One begins where another ends, as far as all of them were seen.
+    begins = {begin for begin, _ in groups} - {0}
+    if chunks <= 700:
+        assert {end for _, end in groups} == begins | {tokens}
 
 
 def test_the_last_rows_of_a_long_step_move(device):

@@ -26,7 +26,7 @@ The first four lie in memory that the accelerator can write at any time. It is n
 trusted: what comes from there is only compared, or checked after it was read once, or
 copied as data. The rest is this process's own.
 
-Rows are shuffled within groups of GROUP_ROWS or more, so that the first rows of a long
+Rows are shuffled within groups of about GROUP_ROWS, so that the first rows of a long
 prefill can go back before the last have arrived. Each worker turns the same words into
 the same permutation, and each word is used once: a step that was abandoned takes its
 words with it. Those of a layer's next step are drawn while the accelerator is busy

@@ -23,7 +23,8 @@ CHUNKS = 32
 FLAG_BYTES = 64
 FLAG_STRIDE = FLAG_BYTES // 8
 
-# Rows are shuffled within groups of this many; the last group has up to twice as many.
+# Rows are shuffled within groups of about so many: three quarters to one and a half of
+# it in a step of several groups.
 GROUP_ROWS = 2048
 
 # `request` holds the hop above these bits and the number of rows in them.
@@ -47,12 +48,14 @@ def chunk_rows_of(num_tokens: int) -> int:
 def group_of(row: int, num_tokens: int) -> tuple[int, int]:
     """The first row of the group that `row` is shuffled in, and the row after its last.
 
-    What is left of a step beyond whole groups belongs to the last one: a group of its
-    own could be so small that its order hides nothing.
+    Groups are whole chunks, and of one size but for a chunk: what was left over would
+    make a group so small that its order hides nothing.
     """
-    last = max(num_tokens // GROUP_ROWS, 1) - 1
-    group = min(row // GROUP_ROWS, last)
-    return group * GROUP_ROWS, num_tokens if group == last else (group + 1) * GROUP_ROWS
+    groups = max((num_tokens + GROUP_ROWS // 2) // GROUP_ROWS, 1)
+    chunks = (num_tokens + MAX_CHUNK_ROWS - 1) // MAX_CHUNK_ROWS
+    group = ((row // MAX_CHUNK_ROWS + 1) * groups - 1) // chunks
+    begin, end = group * chunks // groups, (group + 1) * chunks // groups
+    return begin * MAX_CHUNK_ROWS, min(end * MAX_CHUNK_ROWS, num_tokens)
 
 
 def require_within_limits(max_tokens: int, hops: int) -> None:
