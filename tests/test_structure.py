@@ -15,7 +15,10 @@ PACKAGE = Path(scx.__file__).parent
 # What each room may import. Everything points down.
 ALLOWED = {
     "errors": set(),
-    "keys": {"errors"},
+    "files": set(),
+    "identity": set(),
+    "keys": {"errors", "files"},
+    "placement": {"errors", "keys"},
     "codec": {"keys"},
     "codecs": {"codec", "codecs", "errors", "keys"},
     "kernels": {"errors", "kernels"},
@@ -25,8 +28,8 @@ ALLOWED = {
     "host_device": {"codecs", "errors", "kernels", "secure_device"},
     "metrics": {"secure_device"},
     "attention": {"host_device", "secure_device"},
-    "kv_store": {"errors", "keys"},
-    "engine": {"errors", "keys", "kv_store"},
+    "kv_store": {"errors", "files", "keys"},
+    "engine": {"errors", "identity", "keys", "kv_store", "placement"},
     "models": {
         "accelerator_device",
         "attention",
@@ -37,6 +40,7 @@ ALLOWED = {
         "keys",
         "metrics",
         "models",
+        "placement",
         "secure_device",
         "watchdog",
     },
