@@ -143,8 +143,9 @@ def claim(vllm_config: Any, fingerprint: str, record: Mapping[str, Any]) -> None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_once(folder, ours)
-    except OSError as error:
-        _reject(folder, f"{error.strerror}; allowed is a folder that can be written")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        _reject(folder, f"{reason}; allowed is a folder that can be written")
     theirs = _read(folder)
     for name, value in ours.items():
         if theirs[name] != value:
@@ -161,7 +162,10 @@ def _write_once(folder: Path, label: Mapping[str, Any]) -> None:
     if any(file.name == LABEL for file in files):
         return
     # Drafts are of engines that start at the same time, or that were killed then.
-    if not all(_DRAFT.fullmatch(file.name) and _is_file(file) for file in files):
+    if not all(
+        _DRAFT.fullmatch(file.name) and file.is_file(follow_symlinks=False)
+        for file in files
+    ):
         _reject(
             folder,
             f"it holds files but no {LABEL}, so nothing says whose KV they are: {_ANEW}",
@@ -179,10 +183,6 @@ def _write_once(folder: Path, label: Mapping[str, Any]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _is_file(file: "os.DirEntry[str]") -> bool:
-    return file.is_file(follow_symlinks=False)
 
 
 def _read(folder: Path) -> dict[str, Any]:

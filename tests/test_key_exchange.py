@@ -272,7 +272,7 @@ def test_who_finds_its_own_label_writes_nothing(tmp_path, monkeypatch):
     claim(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["/proc/nowhere", "/dev/null"])
+@pytest.mark.parametrize("path", ["/proc/nowhere", "/dev/null", "nul\0l"])
 def test_a_folder_that_cannot_be_written_is_refused(path):
     with pytest.raises(SCXConfigError, match="allowed is a folder that can be written"):
         claim(path)
