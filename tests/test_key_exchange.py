@@ -15,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from scx import engine as engine_module
 from scx import kv_store
 from scx.codecs.permutation import PermutationCodec
 from scx.errors import SCXConfigError
+from scx.keys import RootKey, get_scx_config
 from tests import tiny_models
 from tests.engines import engine, greedy, in_new_process, shut_down, watch_rows
 from tests.root_keys import identity, new_key_file, root_key
@@ -505,6 +507,24 @@ def test_a_key_that_no_store_needs_is_not_read_to_configure(tiny_llama, tmp_path
     kind, message = with_store
     assert kind == "SCXConfigError"
     assert message.startswith(f"SCX_KEY_FILE='{tmp_path}/no key': No such file")
+
+
+def test_a_worker_has_the_key_of_the_model_that_was_recorded(tmp_path, monkeypatch):
+    """Its own folder is not asked, and it may not draw a key where others read one."""
+    key_file = new_key_file(tmp_path / "key")
+    monkeypatch.setenv("SCX_ENC_LAYERS", "0,2")
+    monkeypatch.setenv("SCX_KEY_FILE", str(key_file))
+    model_config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4))
+    record = engine_module._record(get_scx_config(), model_config) | {"model": "abcd"}
+    vllm_config = SimpleNamespace(
+        additional_config={"scx": record}, model_config=model_config
+    )
+    assert engine_module.encoded_layers(vllm_config) == (0, 2)
+    expected = RootKey.load(get_scx_config()).for_model("abcd").fingerprint
+    assert engine_module.root_key(vllm_config).fingerprint == expected
+    monkeypatch.delenv("SCX_KEY_FILE")
+    with pytest.raises(SCXConfigError, match="key_file=False in this worker"):
+        engine_module.encoded_layers(vllm_config)
 
 
 # The exchange, between engines of different processes.

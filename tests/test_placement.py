@@ -5,22 +5,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scx import placement
+from scx import engine, placement
 from scx.errors import SCXUnsupportedError
 from scx.keys import SCXConfig
 
 
-def obstacles(secure, device_type="cuda", **parallel):
+def configuration(device_type="cuda", **parallel):
     values = {
         "world_size": 1,
         "data_parallel_size_local": 1,
         "data_parallel_rank_local": None,
     }
-    config = SimpleNamespace(
+    return SimpleNamespace(
         device_config=SimpleNamespace(device_type=device_type),
         parallel_config=SimpleNamespace(**(values | parallel)),
     )
-    return list(placement.obstacles(config, SCXConfig((0,), secure, False, None)))
+
+
+def obstacles(secure, *device_type, **parallel):
+    config = SCXConfig((0,), secure, False, None)
+    return list(placement.obstacles(configuration(*device_type, **parallel), config))
 
 
 @pytest.mark.parametrize(
@@ -51,15 +55,23 @@ def test_accelerators_of_all_local_ranks_are_refused(parallel, ranks):
     assert obstacles(f"cuda:{ranks}", **parallel) == []
 
 
+def test_an_engine_is_refused_for_it_before_weights_load():
+    vllm_config = configuration()
+    vllm_config.lora_config = vllm_config.speculative_config = None
+    config = SCXConfig((0,), "cuda:0", False, None)
+    first = next(engine._feature_obstacles(vllm_config, config))
+    assert [first] == obstacles("cuda:0")
+
+
 @pytest.mark.parametrize("secure", ["cpu", "cpu:0", "cuda"])
 def test_without_a_number_each_accelerator_is_its_own(secure):
     assert obstacles(secure, world_size=2) == []
 
 
 def test_devices_of_another_type_are_others():
-    assert obstacles("cuda:0", device_type="cpu") == []
-    assert obstacles("xpu:0", device_type="cuda") == []
-    assert len(obstacles("xpu:0", device_type="xpu")) == 1
+    assert obstacles("cuda:0", "cpu") == []
+    assert obstacles("xpu:0", "cuda") == []
+    assert len(obstacles("xpu:0", "xpu")) == 1
 
 
 def test_accelerators_by_physical_number_are_refused_as_not_comparable():
