@@ -40,8 +40,8 @@ def derive_feature_key(
     that a KV cache is read at another tensor-parallel width or in another
     process that holds the same root key.
     """
-    labels = [f"layer {layer} kv head {head} features" for head in kv_heads]
-    words = [root.derive(label, head_dim * _WORD) for label in labels]
+    size = head_dim * _WORD
+    words = [root.derive("features", layer, head, length=size) for head in kv_heads]
     return torch.stack([_permutation_from(word) for word in words])
 
 

@@ -53,7 +53,9 @@ def ranks_here(parallel_config: Any) -> int:
     if replicas == 0:
         # A node that runs servers alone; vLLM would divide by it to count nodes.
         return parallel_config.world_size
-    return parallel_config.local_world_size * replicas
+    # A replica that was launched by itself knows its number at least.
+    last = (parallel_config.data_parallel_rank_local or 0) + 1
+    return parallel_config.local_world_size * max(replicas, last)
 
 
 def _quotas(root: Path) -> Iterator[float]:

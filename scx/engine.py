@@ -14,8 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from scx import keys, kv_store
+from scx import keys, kv_store, placement
 from scx.errors import SCXConfigError, SCXUnsupportedError
+from scx.identity import identity_of
 from scx.keys import (
     CODEC,
     ENC_LAYERS,
@@ -137,6 +138,7 @@ def configure(vllm_config: "VllmConfig") -> None:
     config = get_scx_config()
     keys.require_unchanged(config)
     if not config.enabled:
+        kv_store.require_unlabelled(vllm_config)
         return
     model_config = vllm_config.model_config
     obstacles = [
@@ -146,8 +148,10 @@ def configure(vllm_config: "VllmConfig") -> None:
     if obstacles:
         raise SCXUnsupportedError(f"{_asked(config)}, but {obstacles[0]}")
     additional = cast("dict[str, Any]", vllm_config.additional_config)
-    additional[_RECORD] = _record(config, model_config)
-    claim_store(vllm_config, RootKey.load(config))
+    model = identity_of(model_config) if config.key_file else ""
+    additional[_RECORD] = _record(config, model_config) | {"model": model}
+    if kv_store.outlives_engine(vllm_config):
+        claim_store(vllm_config, root_key(vllm_config))
     # A worker that lacks our variables then builds our class all the same, and
     # that class refuses to run without them.
     model_config.hf_config.architectures = [_encoding_class(model_config.architecture)]
@@ -156,6 +160,12 @@ def configure(vllm_config: "VllmConfig") -> None:
     ):
         _use_piecewise_graphs(vllm_config, config)
     vllm_config.compilation_config.pass_config.fuse_attn_quant = False
+
+
+def root_key(vllm_config: "VllmConfig") -> RootKey:
+    """The root key of this engine's model, as this process has it."""
+    model = (record_of(vllm_config) or {})["model"]
+    return RootKey.load(get_scx_config()).for_model(model)
 
 
 def claim_store(vllm_config: "VllmConfig", root: RootKey) -> None:
@@ -218,12 +228,12 @@ def encoded_layers(vllm_config: "VllmConfig") -> tuple[int, ...]:
             )
         return ()
     here = _record(config, vllm_config.model_config)
-    for name, value in record.items():
-        if here[name] != value:
+    for name, value in here.items():
+        if record[name] != value:
             raise SCXConfigError(
-                f"{name}={here[name]!r} in this worker, but the engine was configured "
-                f"with {value!r}: give each worker the same SCX_* variables and package "
-                "(with Ray: VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY=SCX_)"
+                f"{name}={value!r} in this worker, but the engine was configured "
+                f"with {record[name]!r}: give each worker the same SCX_* variables and "
+                "package (with Ray: VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY=SCX_)"
             )
     return tuple(record["layers"])
 
@@ -240,6 +250,7 @@ def _record(config: SCXConfig, model_config: "ModelConfig") -> dict[str, Any]:
         "layers": list(config.layers_of(model_config.hf_text_config.num_hidden_layers)),
         "codec": config.codec,
         "secure_device": config.secure_device,
+        "key_file": config.key_file is not None,
         "sources": _sources_hash(),
     }
 
@@ -294,6 +305,7 @@ def _feature_obstacles(vllm_config: "VllmConfig", config: SCXConfig) -> Iterator
             "computes the same tokens in the clear: use "
             f"{' or '.join(_MODEL_FREE_DRAFTS)}, or leave out speculative_config"
         )
+    yield from placement.obstacles(vllm_config, config)
     yield from kv_store.obstacles(vllm_config, config)
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
         yield "sleep mode may discard the secure step's counters: leave it out"

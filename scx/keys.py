@@ -4,11 +4,15 @@ Every SCX_* variable is read in this file and nowhere else, and every secret
 starts here. Nothing of vLLM is imported.
 """
 
+import difflib
+import errno
 import os
 import re
+import resource
 import secrets
+import shlex
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,17 +25,21 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from scx.errors import SCXConfigError
+from scx.files import read_regular
 
 ENC_LAYERS = "SCX_ENC_LAYERS"
 SECURE_DEVICE = "SCX_SECURE_DEVICE"
 ENABLE_DEBUG = "SCX_ENABLE_DEBUG"
 KEY_FILE = "SCX_KEY_FILE"
 CODEC = "SCX_CODEC"
+VARIABLES = (ENC_LAYERS, SECURE_DEVICE, ENABLE_DEBUG, CODEC, KEY_FILE)
 
 CODECS = ("permutation", "affine")
 """What SCX_CODEC may name; the first is the default."""
 
 KEY_BYTES = 32
+FORMAT = 2
+"""Of all that turns a key into an encoding, and of the label of stored KV."""
 
 _PLUGIN_GROUP = "vllm.general_plugins"
 _PLUGIN_TARGET = "scx:init_vllm_plugin"
@@ -151,14 +159,31 @@ def pin_config() -> None:
 
 def require_unchanged(config: SCXConfig) -> None:
     """Raise SCXConfigError unless `config` is what `pin_config` saw."""
-    if config == _config_of_process:
-        return
-    pinned = _config_of_process.enc_layers if _config_of_process else "malformed"
-    raise SCXConfigError(
-        f"{ENC_LAYERS}={_layers_text(config.enc_layers)!r} and the other SCX "
-        "variables must stay as they were when vLLM first read them in this process "
-        f"(then {_layers_text(pinned)!r}): set them earlier or start a new process"
-    )
+    if _config_of_process is None:
+        raise SCXConfigError(
+            "the SCX variables were malformed when vLLM first read them in this process: "
+            "start a new process"
+        )
+    then = dict(_spelled(_config_of_process))
+    changed = [
+        f"{variable}={value!r} (then {then[variable]!r})"
+        for variable, value in _spelled(config)
+        if value != then[variable]
+    ]
+    if changed:
+        raise SCXConfigError(
+            f"{', '.join(changed)}: the SCX variables must stay as they were when vLLM "
+            "first read them in this process; set them earlier or start a new process"
+        )
+
+
+def _spelled(config: SCXConfig) -> Iterator[tuple[str, str]]:
+    """Each variable with a text that says the same."""
+    yield ENC_LAYERS, _layers_text(config.enc_layers)
+    yield SECURE_DEVICE, config.secure_device
+    yield ENABLE_DEBUG, str(config.enable_debug).lower()
+    yield CODEC, config.codec
+    yield KEY_FILE, str(config.key_file or "")
 
 
 class RootKey:
@@ -182,26 +207,41 @@ class RootKey:
 
     @classmethod
     def load(cls, config: SCXConfig) -> "RootKey":
-        """The key in `config.key_file`, or a fresh one where there is none."""
+        """The key in `config.key_file`, or a fresh one where there is none.
+
+        From here on the process writes no core file. Raises SCXConfigError for a file
+        that others may read or may have written, and for what is not random.
+        """
+        _leave_no_core()
         if config.key_file is None:
             return cls.draw()
-        _check_key_file(config.key_file)
-        return cls(config.key_file.read_bytes())
+        return cls(_read_key_file(config.key_file))
 
-    def derive(self, label: str, length: int) -> bytes:
-        """`length` bytes (at most 8160) that belong to `label`: HKDF-SHA256, RFC 5869."""
-        info = f"scx-vllm v1 {label}".encode()
+    def for_model(self, identity: str) -> "RootKey":
+        """The root key of one model, from which the file's cannot be calculated."""
+        return RootKey(self.derive("model", identity, length=KEY_BYTES))
+
+    def derive(self, *fields: str | int, length: int) -> bytes:
+        """`length` bytes (at most 8160) that belong to `fields`: HKDF-SHA256, RFC 5869.
+
+        Its info is "scx-vllm v2" and then each field, in UTF-8 behind its length in four
+        bytes, so that no two lists of fields have the same.
+        """
+        info = f"scx-vllm v{FORMAT}".encode()
+        for text in (str(field).encode() for field in fields):
+            info += len(text).to_bytes(4, "big") + text
         return HKDF(SHA256(), length, salt=None, info=info).derive(self._secret)
 
-    def stream(self, label: str, length: int) -> bytes:
+    def stream(self, *fields: str | int, length: int) -> bytes:
         """As `derive`, of any length: ChaCha20, RFC 8439, under a derived key."""
-        algorithm = ChaCha20(self.derive(label, KEY_BYTES), nonce=bytes(16))
-        return Cipher(algorithm, mode=None).encryptor().update(bytes(length))
+        key = self.derive("stream", *fields, length=KEY_BYTES)
+        encryptor = Cipher(ChaCha20(key, nonce=bytes(16)), mode=None).encryptor()
+        return encryptor.update(bytes(length))
 
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that name the key and may be shown."""
-        return self.derive("fingerprint", 8).hex()
+        return self.derive("fingerprint", length=8).hex()
 
     def __repr__(self) -> str:
         return f"<RootKey {self.fingerprint}>"
@@ -211,10 +251,12 @@ class RootKey:
 
 
 def parse_config(environ: Mapping[str, str]) -> SCXConfig:
-    """The setting that some variables make. Raises SCXConfigError."""
+    """The setting that some variables make. Raises SCXConfigError.
+
+    The key file is not looked at: most processes that read the setting need no key.
+    """
+    _reject_unknown(environ)
     key_file = environ.get(KEY_FILE, "").strip()
-    if key_file:
-        _check_key_file(Path(key_file))
     return SCXConfig(
         enc_layers=_parse_layers(environ.get(ENC_LAYERS, "")),
         secure_device=_parse_device(environ.get(SECURE_DEVICE, "cpu")),
@@ -226,6 +268,24 @@ def parse_config(environ: Mapping[str, str]) -> SCXConfig:
 
 def _reject(variable: str, value: object, allowed: str) -> NoReturn:
     raise SCXConfigError(f"{variable}={value!r}: {allowed}")
+
+
+# Kubernetes gives such variables to each pod, for a service that is called scx-vllm, say.
+_SERVICE = re.compile("_(SERVICE_HOST|SERVICE_PORT|PORT)(_[0-9A-Z_]+)?")
+
+
+def _reject_unknown(environ: Mapping[str, str]) -> None:
+    """A variable that nobody reads is a setting that silently does not hold."""
+    for name in environ:
+        known = name.strip().upper()
+        if not known.startswith("SCX_") or name in VARIABLES or _SERVICE.search(known):
+            continue
+        nearest = difflib.get_close_matches(known, VARIABLES, 1, cutoff=0)
+        # Without its value: what was meant may be the key itself.
+        raise SCXConfigError(
+            f"{name!r} is no variable of this package: did you mean {nearest[0]}? "
+            f"Allowed are {', '.join(VARIABLES)}"
+        )
 
 
 def _parse_layers(text: str) -> tuple[int, ...] | Literal["all"]:
@@ -278,19 +338,47 @@ def _parse_bool(text: str) -> bool:
     return word in _TRUE
 
 
-def _check_key_file(path: Path) -> None:
+def _read_key_file(path: Path) -> bytes:
+    """The content of a key file that nobody else may have read or written.
+
+    Its owner is this user or root, who may read and write this user's files anyway.
+    """
     allowed = (
         f"a regular file of {KEY_BYTES} random bytes that its owner alone may read; "
         f"make one with: (umask 077; head -c {KEY_BYTES} /dev/urandom > FILE)"
     )
+    copy = (
+        f"copy it with: install -m 0600 {shlex.quote(str(path))} FILE (for a secret of "
+        f"Kubernetes in an init container), and name FILE in {KEY_FILE}"
+    )
     try:
-        status = path.stat()
+        status, content = read_regular(path, KEY_BYTES + 1)
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            _reject(KEY_FILE, str(path), f"it is a link, which is not followed: {copy}")
         _reject(KEY_FILE, str(path), f"{error.strerror}; allowed is {allowed}")
-    if not stat.S_ISREG(status.st_mode) or not os.access(path, os.R_OK):
-        _reject(KEY_FILE, str(path), f"not a readable file; allowed is {allowed}")
+    if status.st_uid not in (0, os.geteuid()):
+        owner = f"it belongs to the user {status.st_uid}, not to {os.geteuid()} or root"
+        _reject(KEY_FILE, str(path), f"{owner}; allowed is {allowed}")
     if status.st_mode & 0o077:
         mode = stat.S_IMODE(status.st_mode)
-        _reject(KEY_FILE, str(path), f"its mode is {mode:04o}, not 0600; {allowed}")
-    if status.st_size != KEY_BYTES:
+        _reject(KEY_FILE, str(path), f"its mode is {mode:04o}, not 0600: {copy}")
+    if len(content) != KEY_BYTES:
         _reject(KEY_FILE, str(path), f"it has {status.st_size} bytes; {allowed}")
+    # Of random files not one in 10^13 is refused here.
+    is_text = content.isascii() and content.decode().isprintable()
+    if is_text or len(set(content)) < KEY_BYTES // 4:
+        _reject(KEY_FILE, str(path), f"its bytes are not random; {allowed}")
+    return content
+
+
+def _leave_no_core() -> None:
+    """Have this process and its children dump no core, which would hold keys.
+
+    Linux writes no file at a limit below a page, and at 1 hands no core to a program
+    either, which it would at 0 (fs/coredump.c). PR_SET_DUMPABLE does more than that: it
+    forbids what ranks need that share GPU memory, and debuggers.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    soft = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
+    resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))

@@ -7,13 +7,16 @@ setting before weights load. Nothing in it is secret.
 
 import contextlib
 import json
+import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from scx.errors import SCXConfigError
-from scx.keys import CODEC, ENC_LAYERS, KEY_FILE, SCXConfig
+from scx.files import read_regular
+from scx.keys import CODEC, ENC_LAYERS, FORMAT, KEY_FILE, SCXConfig
 
 IN_MEMORY = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 """Connectors of vLLM whose store dies with the engine, set as in _MEMORY_SETTINGS."""
@@ -21,14 +24,20 @@ IN_FOLDER = ("ExampleConnector", "SharedStorageConnector")
 """The connector of vLLM whose store is a folder, by its newer and its older name."""
 
 FOLDER = "shared_storage_path"
+DEFAULT_FOLDER = "/tmp"  # noqa: S108 - vLLM's, where FOLDER is not set
 LABEL = "scx.json"
-FORMAT = 1
-"""Of the label and of all that turns a key into an encoding."""
+_LABEL_BYTES = 1 << 16
+_SHOWN = 200
+"""Characters of a label's value in an error."""
+_NO_LABEL = f"its {LABEL} is no label of this package"
+_ANEW = "use an empty folder"
+_DRAFT = re.compile(rf"{re.escape(LABEL)}\.[a-z0-9_]{{8}}\.draft")
 
 # What vLLM's memory connectors may be told about their tiers: the defaults.
 _MEMORY_SETTINGS = {"spec_name": "CPUOffloadingSpec", "kv_offload_backend": "cpu"}
 _WAYS_OUT = {
     "format": "this package's version",
+    "model": "the model, as one folder or one commit of the hub",
     "key": f"{KEY_FILE} with that key",
     "codec": CODEC,
     "layers": ENC_LAYERS,
@@ -73,56 +82,139 @@ def obstacles(vllm_config: Any, config: SCXConfig) -> Iterator[str]:
             "KV transfer needs the same key on both sides: set "
             f"{KEY_FILE} to a key file that both have"
         )
-    elif not settings.get(FOLDER):
+    elif not (isinstance(folder := settings.get(FOLDER), str) and folder):
         yield (
             f"{name} has no folder of its own: set {FOLDER} in kv_connector_extra_config"
         )
 
 
-def claim(vllm_config: Any, fingerprint: str, record: Mapping[str, Any]) -> None:
-    """Label this engine's store, or compare the label that it has.
+def outlives_engine(vllm_config: Any) -> bool:
+    """Whether KV goes where it needs a label."""
+    return connector_of(vllm_config) in IN_FOLDER
 
-    `fingerprint` is the root key's, `record` holds the codec and the layers. Does
-    nothing where the store dies with the engine. Raises SCXConfigError for a label
-    that differs, for files without a label, and for a folder that cannot be written.
+
+def require_unlabelled(vllm_config: Any) -> None:
+    """Refuse a labelled folder to an engine that encodes nothing.
+
+    It would read encoded KV as its own, and write plain KV under the label. Any text in
+    the KV connector's settings may be a folder: connectors and tiers name it in many
+    ways. Raises SCXConfigError.
     """
-    if connector_of(vllm_config) not in IN_FOLDER:
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector is None:
         return
-    folder = Path(vllm_config.kv_transfer_config.kv_connector_extra_config[FOLDER])
-    ours = {"format": FORMAT, "key": fingerprint}
-    ours |= {name: record[name] for name in ("codec", "layers")}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        theirs = _label_once(folder, ours)
-    except OSError as error:
-        _reject(folder, f"{error.strerror}; allowed is a folder that can be written")
-    except (TypeError, ValueError):
-        _reject(folder, f"its {LABEL} is no label of this package: use an empty folder")
-    for name, value in ours.items():
-        if theirs.get(name) != value:
-            _reject(
-                folder,
-                f"it holds KV of {name} {theirs.get(name)}, and this engine has {name} "
-                f"{value}: set {_WAYS_OUT[name]} alike, or use an empty folder",
+    settings = transfer.kv_connector_extra_config
+    if transfer.kv_connector in IN_FOLDER:
+        settings = {FOLDER: DEFAULT_FOLDER} | settings
+    for text in _texts(settings):
+        folder = Path(text.removeprefix("file://"))
+        if os.path.lexists(folder / LABEL):
+            raise SCXConfigError(
+                f"{transfer.kv_connector} is given the folder {str(folder)!r}, whose "
+                f"{LABEL} says that its KV is encoded, and {ENC_LAYERS} is empty: set it "
+                "as for the engines that wrote there, or use another folder"
             )
 
 
-def _label_once(folder: Path, label: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the label unless there is one, whole or not at all; the one that is there."""
-    names = [file.name for file in folder.iterdir()]
-    # Those that begin like it are drafts, of engines that start at the same time.
-    if LABEL not in names and not all(name.startswith(LABEL) for name in names):
+def _texts(settings: Any) -> Iterator[str]:
+    """All texts and paths in nested settings."""
+    if isinstance(settings, str | os.PathLike):
+        yield os.fspath(settings)
+    elif isinstance(settings, Mapping):
+        yield from _texts(list(settings.values()))
+    elif isinstance(settings, list | tuple):
+        for each in settings:
+            yield from _texts(each)
+
+
+def claim(vllm_config: Any, fingerprint: str, record: Mapping[str, Any]) -> None:
+    """Label this engine's store, or compare the label that it has.
+
+    `fingerprint` is that of the model's root key; `record` holds the model, the codec
+    and the layers. Does nothing where the store dies with the engine. Raises
+    SCXConfigError for a label that differs or is none, for files without a label, and for
+    a folder that cannot be written.
+    """
+    if not outlives_engine(vllm_config):
+        return
+    folder = Path(vllm_config.kv_transfer_config.kv_connector_extra_config[FOLDER])
+    ours = {"format": FORMAT, "model": record["model"], "key": fingerprint}
+    ours |= {name: record[name] for name in ("codec", "layers")}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_once(folder, ours)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        _reject(folder, f"{reason}; allowed is a folder that can be written")
+    theirs = _read(folder)
+    for name, value in ours.items():
+        if theirs[name] != value:
+            _reject(
+                folder,
+                f"it holds KV of {name} {_shown(theirs[name])}, and this engine has "
+                f"{name} {_shown(value)}: set {_WAYS_OUT[name]} alike, or {_ANEW}",
+            )
+
+
+def _write_once(folder: Path, label: Mapping[str, Any]) -> None:
+    """Write the label unless there is one, whole or not at all, and to stay."""
+    files = list(os.scandir(folder))
+    if any(file.name == LABEL for file in files):
+        return
+    # Drafts are of engines that start at the same time, or that were killed then.
+    if not all(
+        _DRAFT.fullmatch(file.name) and file.is_file(follow_symlinks=False)
+        for file in files
+    ):
         _reject(
             folder,
-            f"it holds files but no {LABEL}, so nothing says whose KV they are: use an "
-            "empty folder",
+            f"it holds files but no {LABEL}, so nothing says whose KV they are: {_ANEW}",
         )
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f"{LABEL}.") as draft:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=folder, prefix=f"{LABEL}.", suffix=".draft"
+    ) as draft:
         json.dump(label, draft)
         draft.flush()
+        os.fsync(draft.fileno())
         with contextlib.suppress(FileExistsError):
             (folder / LABEL).hardlink_to(draft.name)
-    return dict(json.loads((folder / LABEL).read_text()))
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The folder's label. One of another format is known by that alone."""
+    try:
+        status, content = read_regular(folder / LABEL, _LABEL_BYTES)
+        label = json.loads(content.decode())
+    except OSError as error:
+        _reject(folder, f"{_NO_LABEL} that can be read ({error.strerror}): {_ANEW}")
+    except (ValueError, RecursionError):
+        _reject(folder, f"{_NO_LABEL}: {_ANEW}")
+    if status.st_size > _LABEL_BYTES or not _is_label(label):
+        _reject(folder, f"{_NO_LABEL}: {_ANEW}")
+    return label
+
+
+def _is_label(label: Any) -> bool:
+    if not isinstance(label, dict) or type(label.get("format")) is not int:
+        return False
+    # Of another format nothing else is known, or compared.
+    return label["format"] != FORMAT or (
+        label.keys() == {"format", "model", "key", "codec", "layers"}
+        and all(isinstance(label[name], str) for name in ("model", "key", "codec"))
+        and isinstance(label["layers"], list)
+        and all(type(layer) is int for layer in label["layers"])
+    )
+
+
+def _shown(value: object) -> str:
+    """On one line and not long, whoever wrote it."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _reject(folder: Path, reason: str) -> NoReturn:

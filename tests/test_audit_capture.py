@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import secrets
 from collections import Counter
 
 import pytest
@@ -12,8 +11,8 @@ import torch
 from scx import codec
 from scx.audit.capture import Recorder
 from scx.audit.public_model import PublicModel
-from scx.keys import RootKey, SCXConfig
 from tests.engines import engine, greedy, in_new_process, shut_down
+from tests.root_keys import new_key_file, root_key
 from tests.test_kv_cache import TOLERANCE, cached_tokens
 from tests.tiny_models import SHAPE, VOCABULARY
 
@@ -49,24 +48,21 @@ def capture(model):
 
 
 @pytest.fixture(scope="module")
-def root_key(tmp_path_factory):
-    path = tmp_path_factory.mktemp("keys") / "key"
-    path.touch(mode=0o600)
-    path.write_bytes(secrets.token_bytes(32))
-    return path
+def key_file(tmp_path_factory):
+    return new_key_file(tmp_path_factory.mktemp("keys") / "key")
 
 
 @pytest.fixture(scope="module")
-def recorded(tiny_llama, root_key):
-    env = {"SCX_ENC_LAYERS": ",".join(map(str, LAYERS)), "SCX_KEY_FILE": str(root_key)}
+def recorded(tiny_llama, key_file):
+    env = {"SCX_ENC_LAYERS": ",".join(map(str, LAYERS)), "SCX_KEY_FILE": str(key_file)}
     return in_new_process(capture, tiny_llama, env=env)
 
 
-def test_the_record_is_what_crosses(recorded, tiny_llama, root_key):
+def test_the_record_is_what_crosses(recorded, tiny_llama, key_file):
     alone, _, together, _ = recorded
     assert [len(step.input_ids) for step in alone] == [len(PROMPTS[0]), 1, 1]
     assert [len(step.input_ids) for step in together] == [sum(map(len, PROMPTS))]
-    root = RootKey.load(SCXConfig(LAYERS, "cpu", False, root_key))
+    root = root_key(key_file, tiny_llama)
     public = PublicModel(str(tiny_llama))
     step = together[0]
     texts = [torch.tensor(prompt) for prompt in PROMPTS]

@@ -130,12 +130,12 @@ def test_feature_keys_belong_to_root_layer_and_global_head():
 
 
 def test_feature_key_does_not_change_between_versions():
-    """A KV cache that was written stays readable: format v1, fixed by this vector."""
+    """A KV cache that was written stays readable: format 2, fixed by this vector."""
     key = codec.derive_feature_key(ROOT, 3, [1], 8)
-    assert key.tolist() == [FEATURE_KEY_V1]
+    assert key.tolist() == [FEATURE_KEY_V2]
 
 
-FEATURE_KEY_V1 = [4, 5, 0, 1, 7, 6, 3, 2]
+FEATURE_KEY_V2 = [6, 3, 1, 0, 4, 2, 5, 7]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (9, 3), (6, 1)])

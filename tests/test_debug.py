@@ -2,21 +2,17 @@
 
 import json
 import re
-import secrets
 
 import pytest
 
-from scx.keys import RootKey, SCXConfig
 from tests.engines import generate_each, in_new_process
+from tests.root_keys import new_key_file, root_key
 from tests.tiny_models import PROMPTS
 
 
 @pytest.fixture
 def key_file(tmp_path):
-    path = tmp_path / "key"
-    path.touch(mode=0o600)
-    path.write_bytes(secrets.token_bytes(32))
-    return path
+    return new_key_file(tmp_path / "key")
 
 
 @pytest.fixture
@@ -46,18 +42,19 @@ def run(tiny_llama, key_file, tmp_path):
     return lines
 
 
-def fingerprint(key_file):
-    return RootKey.load(SCXConfig((1,), "cpu", True, key_file)).fingerprint
+@pytest.fixture
+def fingerprint(key_file, tiny_llama):
+    return root_key(key_file, tiny_llama).fingerprint
 
 
-def test_one_line_at_start_without_debug(run, key_file):
+def test_one_line_at_start_without_debug(run, fingerprint):
     (line,) = run("False")
     name = "layers 1,3 of LlamaSCXForCausalLM"
-    for part in (name, "permutation", "cpu", fingerprint(key_file)):
+    for part in (name, "permutation", "cpu", fingerprint):
         assert part in line
 
 
-def test_each_layer_and_step_with_debug(run, key_file):
+def test_each_layer_and_step_with_debug(run, key_file, fingerprint):
     _, *lines = run("True")
     assert {re.match(r"SCX layer (\d)", line)[1] for line in lines} == {"1", "3"}
     # Three tokens are at least three steps of two layers.
@@ -66,7 +63,7 @@ def test_each_layer_and_step_with_debug(run, key_file):
         r"SCX layer \d: torch.float32 on cpu, secure device cpu, hidden_states "
         r"\(\d+, 128\), 4 query and 2 KV heads of 64; step \d+, so far \d+ crossings, "
         r"\d+ bytes in, \d+ bytes out; this step \d+\.\d+ ms; key "
-    ) + fingerprint(key_file)
+    ) + fingerprint
     assert all(re.fullmatch(expected, line) for line in lines)
     secret = key_file.read_bytes()
     for form in (secret.hex(), repr(secret)[2:-1]):

@@ -63,6 +63,7 @@ def test_all_variables_at_once_are_a_setting_or_one_clear_line(data, key_files):
     }
     try:
         config = keys.parse_config(environ)
+        RootKey.load(config)
     except SCXConfigError as error:
         (line,) = str(error).splitlines()
         (name,) = [name for name in environ if line.startswith(f"{name}=")]
@@ -73,8 +74,6 @@ def test_all_variables_at_once_are_a_setting_or_one_clear_line(data, key_files):
     assert config.codec in CODECS
     assert torch.zeros(1, device=config.secure_device).item() == 0
     assert config.enabled == bool(config.enc_layers)
-    if config.key_file is not None:
-        RootKey.load(config)
     count = data.draw(st.integers(1, 120))
     if config.enc_layers != "all" and max(config.enc_layers, default=0) >= count:
         with pytest.raises(SCXConfigError, match=r"^SCX_ENC_LAYERS=.* this model has"):

@@ -1,19 +1,28 @@
 """KV that one engine stores and another reads: under the same key, or refused."""
 
 import json
+import multiprocessing
 import os
-import secrets
+import re
+import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from scx import engine as engine_module
 from scx import kv_store
 from scx.codecs.permutation import PermutationCodec
 from scx.errors import SCXConfigError
-from scx.keys import RootKey, SCXConfig
+from scx.keys import RootKey, get_scx_config
+from tests import tiny_models
 from tests.engines import engine, greedy, in_new_process, shut_down, watch_rows
+from tests.root_keys import identity, new_key_file, root_key
 from tests.test_kv_cache import TOLERANCE, cached_tokens
 from tests.test_refusals import configure_each
 from tests.tiny_models import PROMPTS, SHAPE
@@ -22,7 +31,7 @@ from tests.tiny_models import PROMPTS, SHAPE
 PROMPT = PROMPTS[-1]
 STORED = 256
 LAYERS = [0, 2]
-RECORD = {"codec": "permutation", "layers": LAYERS}
+RECORD = {"model": "abcd", "codec": "permutation", "layers": LAYERS}
 
 
 def transfer(folder, connector="ExampleConnector", **settings):
@@ -36,16 +45,6 @@ def transfer(folder, connector="ExampleConnector", **settings):
             "kv_connector_extra_config": settings,
         }
     }
-
-
-def new_key_file(path):
-    path.touch(mode=0o600)
-    path.write_bytes(secrets.token_bytes(32))
-    return path
-
-
-def fingerprint(key_file):
-    return RootKey.load(SCXConfig((0,), "cpu", False, key_file)).fingerprint
 
 
 # The label itself, without vLLM.
@@ -68,14 +67,15 @@ def test_the_first_engine_labels_an_empty_folder_and_others_compare(tmp_path):
     claim(folder)
     assert [file.name for file in folder.iterdir()] == ["scx.json"]
     label = json.loads((folder / "scx.json").read_text())
-    assert label == {"format": 1, "key": "aaaa"} | RECORD
+    assert label == {"format": 2, "key": "aaaa"} | RECORD
 
 
 @pytest.mark.parametrize(
     ("other", "texts"),
     [
-        ({"key": "bbbb"}, ["KV of key aaaa", "this engine has key bbbb", "SCX_KEY_FILE"]),
-        ({"codec": "affine"}, ["codec permutation", "codec affine", "SCX_CODEC"]),
+        ({"key": "bbbb"}, ["KV of key 'aaaa'", "has key 'bbbb'", "SCX_KEY_FILE"]),
+        ({"model": "ef01"}, ["KV of model 'abcd'", "has model 'ef01'", "one folder or"]),
+        ({"codec": "affine"}, ["codec 'permutation'", "codec 'affine'", "SCX_CODEC"]),
         ({"layers": [0]}, ["layers [0, 2]", "layers [0]", "SCX_ENC_LAYERS"]),
     ],
 )
@@ -89,11 +89,22 @@ def test_a_label_that_differs_is_refused_in_one_line(other, texts, tmp_path):
         assert text in message
 
 
-def test_another_format_is_refused(tmp_path, monkeypatch):
-    claim(tmp_path)
-    monkeypatch.setattr(kv_store, "FORMAT", 2)
-    with pytest.raises(SCXConfigError, match="format 1, and this engine has format 2"):
+@pytest.mark.parametrize(
+    "label",
+    [
+        {"format": 1, "key": "aaaa", "codec": "permutation", "layers": LAYERS},
+        {"format": 1},
+        {"format": 1, "key": "aaaa"} | RECORD,
+    ],
+)
+def test_the_format_of_before_is_refused(label, tmp_path):
+    (tmp_path / "scx.json").write_text(json.dumps(label))
+    with pytest.raises(SCXConfigError) as error:
         claim(tmp_path)
+    assert str(error.value) == (
+        f"shared_storage_path='{tmp_path}': it holds KV of format 1, and this engine has "
+        "format 2: set this package's version alike, or use an empty folder"
+    )
 
 
 def test_files_without_a_label_are_refused_and_stay_unlabelled(tmp_path):
@@ -103,14 +114,167 @@ def test_files_without_a_label_are_refused_and_stay_unlabelled(tmp_path):
             claim(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "7", "\udcff"])
-def test_what_is_no_label_is_refused(text, tmp_path):
-    (tmp_path / "scx.json").write_text(text, errors="surrogateescape")
-    with pytest.raises(SCXConfigError, match="no label of this package"):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["scx.json.evil"],
+        ["scx.json~"],
+        ["scx.json."],
+        ["scx.json.abcdefgh.draft.txt"],
+        ["scx.json.abcdefg.draft"],
+        ["scx.json.ABCDEFGH.draft"],
+        ["scx.json.abcdefgh.draft/"],
+        ["scx.json.abcdefgh.draft", "model.safetensors"],
+    ],
+)
+def test_only_drafts_of_labels_leave_a_folder_empty(names, tmp_path):
+    for name in names:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+    with pytest.raises(SCXConfigError, match=r"it holds files but no scx\.json"):
         claim(tmp_path)
+    assert not (tmp_path / "scx.json").exists()
 
 
-@pytest.mark.parametrize("path", ["/proc/nowhere", "/dev/null"])
+def claim_and_die(folder):
+    """Killed between the draft and the label."""
+    Path.hardlink_to = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+    claim(folder)
+
+
+def test_the_draft_of_an_engine_that_was_killed_is_no_kv(tmp_path):
+    dying = multiprocessing.get_context("fork").Process(
+        target=claim_and_die, args=(tmp_path,)
+    )
+    dying.start()
+    dying.join()
+    assert dying.exitcode == -signal.SIGKILL
+    (draft,) = os.listdir(tmp_path)
+    assert draft != "scx.json"
+    claim(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["scx.json", draft]
+
+
+LABEL = {"format": 2, "key": "aaaa"} | RECORD
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"7",
+        b"null",
+        b"NaN",
+        b"\xff",
+        b"[" * 200_000,
+        b'{"format":' * 5_000,
+        b'{"format": ' + b"1" * 5_000 + b"}",
+        json.dumps(LABEL).encode("utf-16"),
+        json.dumps(LABEL).encode() + b" " * (1 << 16),
+        json.dumps(list(LABEL.items())).encode(),
+        *(
+            json.dumps(LABEL | change).encode()
+            for change in (
+                {"format": True},
+                {"format": 2.0},
+                {"format": "2"},
+                {"format": float("nan")},
+                {"key": None},
+                {"key": ["aaaa"]},
+                {"model": 1},
+                {"codec": {}},
+                {"layers": None},
+                {"layers": "0,2"},
+                {"layers": [0, 2.0]},
+                {"layers": [False, 2]},
+                {"layers": [[0], 2]},
+                {"more": 1},
+            )
+        ),
+        *(
+            json.dumps({k: v for k, v in LABEL.items() if k != name}).encode()
+            for name in LABEL
+        ),
+    ],
+    ids=lambda content: repr(content[:60]),
+)
+def test_what_is_no_label_is_refused(content, tmp_path):
+    (tmp_path / "scx.json").write_bytes(content)
+    with pytest.raises(SCXConfigError) as error:
+        claim(tmp_path)
+    assert str(error.value) == (
+        f"shared_storage_path='{tmp_path}': its scx.json is no label of this package: "
+        "use an empty folder"
+    )
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "fifo"])
+def test_a_label_that_is_no_file_is_refused_at_once(kind, tmp_path):
+    claim(tmp_path / "labelled")
+    folder = tmp_path / "kv"
+    folder.mkdir()
+    label = folder / "scx.json"
+    if kind == "folder":
+        label.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(label)
+    else:
+        target = "labelled/scx.json" if kind == "link" else "none"
+        label.symlink_to(tmp_path / target)
+    with pytest.raises(SCXConfigError) as error:
+        claim(folder)
+    (line,) = str(error.value).splitlines()
+    assert "its scx.json is no label of this package that can be read (" in line
+
+
+@pytest.mark.parametrize("name", ["model", "key", "codec"])
+def test_what_a_label_says_is_shown_on_one_short_line(name, tmp_path):
+    forged = "x\n2026-11-25 ERROR forged \x1b[31m\u2028" + "y" * 10_000
+    (tmp_path / "scx.json").write_text(json.dumps(LABEL | {name: forged}))
+    with pytest.raises(SCXConfigError) as error:
+        claim(tmp_path)
+    message = str(error.value)
+    assert message.isprintable()
+    assert f"it holds KV of {name} 'x\\n2026-11-25 ERROR forged \\x1b[31m" in message
+    assert len(message) < 600
+
+
+def test_a_long_list_of_layers_is_shown_in_part(tmp_path):
+    (tmp_path / "scx.json").write_text(json.dumps(LABEL | {"layers": [10**100] * 500}))
+    with pytest.raises(SCXConfigError, match=r"layers \[1000.*\.\.\., and this") as error:
+        claim(tmp_path)
+    assert len(str(error.value)) < 600
+
+
+def test_the_label_is_on_the_disk_before_an_engine_starts(tmp_path, monkeypatch):
+    real, synced = os.fsync, []
+
+    def fsync(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        # What is synced first is whole.
+        if len(synced) == 1:
+            draft = Path(synced[0])
+            assert json.loads(draft.read_text()) == LABEL
+            assert not (tmp_path / "scx.json").exists()
+        else:
+            assert (tmp_path / "scx.json").exists()
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    claim(tmp_path)
+    draft, folder = synced
+    assert folder == str(tmp_path)
+    assert re.fullmatch(r"scx\.json\.[a-z0-9_]{8}\.draft", os.path.basename(draft))
+
+
+def test_who_finds_its_own_label_writes_nothing(tmp_path, monkeypatch):
+    claim(tmp_path)
+    monkeypatch.setattr(kv_store.tempfile, "NamedTemporaryFile", None)
+    claim(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/proc/nowhere", "/dev/null", "nul\0l"])
 def test_a_folder_that_cannot_be_written_is_refused(path):
     with pytest.raises(SCXConfigError, match="allowed is a folder that can be written"):
         claim(path)
@@ -128,19 +292,105 @@ def test_of_engines_that_start_together_one_wins(tmp_path):
         errors = list(pool.map(attempt, keys))
     (winner,) = [key for key, error in zip(keys, errors, strict=True) if error is None]
     assert json.loads((tmp_path / "scx.json").read_text())["key"] == winner
-    assert all(f"KV of key {winner}," in error for error in errors if error)
+    assert all(f"KV of key '{winner}'," in error for error in errors if error)
     assert [file.name for file in tmp_path.iterdir()] == ["scx.json"]
+
+
+# A folder that is labelled, and an engine with SCX off.
+
+
+def off(connector="ExampleConnector", offloading=None, **settings):
+    """What `require_unlabelled` says to such an engine, None where it is let in."""
+    transfer = connector and SimpleNamespace(
+        kv_connector=connector, kv_connector_extra_config=settings
+    )
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(kv_offloading_size=offloading),
+        kv_transfer_config=transfer,
+    )
+    try:
+        kv_store.require_unlabelled(config)
+    except SCXConfigError as error:
+        return str(error)
+
+
+def test_any_setting_that_names_a_labelled_folder_is_refused(tmp_path, monkeypatch):
+    labelled, other = tmp_path / "labelled", tmp_path / "other"
+    claim(labelled)
+    claim(other)
+    (other / "scx.json").write_text("whatever it says")
+    nested = {"connectors": [{"kv_connector_extra_config": {"path": [str(labelled)]}}]}
+    monkeypatch.chdir(tmp_path)
+    cases = [
+        off(shared_storage_path=str(labelled)),
+        off(shared_storage_path=f"{labelled}/../labelled/"),
+        off(shared_storage_path="labelled"),
+        off(shared_storage_path=str(other)),
+        off("SharedStorageConnector", shared_storage_path=labelled),
+        off("LMCacheConnectorV1", anything=f"file://{labelled}"),
+        off("MultiConnector", **nested),
+        off("OffloadingConnector", spec_name="TieringOffloadingSpec", tiers=(labelled,)),
+    ]
+    for message in cases:
+        assert len(message.splitlines()) == 1
+        assert "whose scx.json says that its KV is encoded" in message
+        assert "SCX_ENC_LAYERS is empty" in message
+    assert str(labelled) in cases[0]
+
+
+def test_the_folder_that_vllm_takes_without_a_setting_counts(tmp_path, monkeypatch):
+    (vllm,) = find_spec("vllm").submodule_search_locations
+    connectors = Path(vllm) / "distributed" / "kv_transfer" / "kv_connector" / "v1"
+    source = (connectors / "example_connector.py").read_text()
+    assert f'"{kv_store.FOLDER}", "{kv_store.DEFAULT_FOLDER}"' in source
+    monkeypatch.setattr(kv_store, "DEFAULT_FOLDER", str(tmp_path))
+    assert off() is None
+    claim(tmp_path)
+    assert f"given the folder '{tmp_path}'" in off()
+    assert off(shared_storage_path=str(tmp_path / "own")) is None
+    assert off("NixlConnector") is None
+
+
+def test_other_folders_and_settings_are_let_be(tmp_path):
+    (tmp_path / "plain").mkdir()
+    assert off(None) is None
+    assert off(None, offloading=1.0) is None
+    for value in (str(tmp_path / "plain"), "", "\0", "x" * 5000, 7, None, [{}], True):
+        assert off(shared_storage_path=value, other=value) is None
+
+
+@pytest.fixture(scope="module")
+def outcomes_off(tiny_llama, store, tmp_path_factory):
+    new = tmp_path_factory.mktemp("off")
+    runs = [
+        ({"model": str(tiny_llama)} | transfer(folder), {}) for folder in (store[0], new)
+    ]
+    # A key file that is not there: an engine with SCX off does not look for it.
+    env = {"SCX_ENC_LAYERS": "", "SCX_KEY_FILE": str(new / "no key")}
+    return in_new_process(configure_each, runs, env=env), new
+
+
+def test_an_engine_with_scx_off_is_not_let_into_a_labelled_folder(outcomes_off, store):
+    (labelled, unlabelled), new = outcomes_off
+    kind, message = labelled
+    assert kind == "SCXConfigError", message
+    assert message.startswith(
+        f"ExampleConnector is given the folder '{store[0]}', whose scx.json says"
+    )
+    assert unlabelled == ("configured", None)
+    assert os.listdir(new) == []
 
 
 # Which connectors are allowed, before weights load.
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(tiny_llama, tmp_path_factory):
     """A folder that is labelled for the key file, and a key file of another key."""
     root = tmp_path_factory.mktemp("store")
     keys = new_key_file(root / "key"), new_key_file(root / "other")
-    claim(root / "kv", fingerprint(keys[0]))
+    key = root_key(keys[0], tiny_llama).fingerprint
+    claim(root / "kv", key, model=identity(tiny_llama))
     return root / "kv", *keys
 
 
@@ -169,6 +419,15 @@ def outcomes(tiny_llama, store, tmp_path_factory):
         },
     }
     cases["foreign"]["kv_transfer_config"]["kv_connector_module_path"] = "somewhere"
+    # The same model in another folder, and what fine-tuning could make of it.
+    copied = shutil.copytree(tiny_llama, new.parent / "a copy")
+    tuned = tiny_models.save(new.parent / "tuned", "LlamaForCausalLM", head_dim=64)
+    with torch.no_grad():
+        weights = load_file(tuned / "model.safetensors")
+        weights["model.layers.0.self_attn.v_proj.weight"][0] += 0.01
+        save_file(weights, tuned / "model.safetensors", {"format": "pt"})
+    cases["copied model"] = transfer(new) | {"model": str(copied)}
+    cases["tuned model"] = transfer(new) | {"model": str(tuned)}
     # Set though a folder is not asked for: it must not become a way around the rule.
     cases["offload with a disk tier"] = cases["offload"] | {
         "kv_transfer_config": {
@@ -181,12 +440,20 @@ def outcomes(tiny_llama, store, tmp_path_factory):
     return dict(zip(cases, results, strict=True)), new
 
 
-@pytest.mark.parametrize("case", ["new folder", "memory", "offload"])
-def test_what_is_labelled_or_dies_with_the_engine_is_allowed(case, outcomes, store):
+@pytest.mark.parametrize("case", ["new folder", "copied model", "memory", "offload"])
+def test_what_is_labelled_or_dies_with_the_engine_is_allowed(
+    case, outcomes, store, tiny_llama
+):
     results, new = outcomes
     assert results[case][0] == "configured", results[case]
     label = json.loads((new / "scx.json").read_text())
-    assert label["key"] == fingerprint(store[2])
+    assert label == {
+        "format": 2,
+        "model": identity(tiny_llama),
+        "key": root_key(store[2], tiny_llama).fingerprint,
+        "codec": "permutation",
+        "layers": LAYERS,
+    }
 
 
 @pytest.mark.parametrize(
@@ -210,15 +477,54 @@ def test_other_connectors_are_refused_in_one_line(case, texts, outcomes):
         assert text in message
 
 
-def test_a_store_of_another_key_is_refused_by_fingerprint(outcomes, store):
-    folder, key, other = store
+def test_a_store_of_another_key_is_refused_by_fingerprint(outcomes, store, tiny_llama):
+    folder = store[0]
+    key, other = (root_key(file, tiny_llama).fingerprint for file in store[1:])
     kind, message = outcomes[0]["other key"]
     assert kind == "SCXConfigError"
     assert message == (
-        f"shared_storage_path='{folder}': it holds KV of key {fingerprint(key)}, and "
-        f"this engine has key {fingerprint(other)}: set SCX_KEY_FILE with that key "
+        f"shared_storage_path='{folder}': it holds KV of key '{key}', and "
+        f"this engine has key '{other}': set SCX_KEY_FILE with that key "
         "alike, or use an empty folder"
     )
+
+
+def test_a_store_of_another_model_is_refused(outcomes, tiny_llama):
+    results, new = outcomes
+    kind, message = results["tuned model"]
+    assert kind == "SCXConfigError"
+    holds = f"it holds KV of model '{identity(tiny_llama)}', and this engine has model '"
+    assert message.startswith(f"shared_storage_path='{new}': {holds}")
+
+
+def test_a_key_that_no_store_needs_is_not_read_to_configure(tiny_llama, tmp_path):
+    run = {"model": str(tiny_llama)}
+    runs = [(run, {}), (run | transfer(tmp_path / "kv"), {})]
+    env = {"SCX_ENC_LAYERS": "0,2", "SCX_KEY_FILE": str(tmp_path / "no key")}
+    without, with_store = in_new_process(configure_each, runs, env=env)
+    assert without[0] == "configured", without
+    assert without[1]["model"] == identity(tiny_llama)
+    kind, message = with_store
+    assert kind == "SCXConfigError"
+    assert message.startswith(f"SCX_KEY_FILE='{tmp_path}/no key': No such file")
+
+
+def test_a_worker_has_the_key_of_the_model_that_was_recorded(tmp_path, monkeypatch):
+    """Its own folder is not asked, and it may not draw a key where others read one."""
+    key_file = new_key_file(tmp_path / "key")
+    monkeypatch.setenv("SCX_ENC_LAYERS", "0,2")
+    monkeypatch.setenv("SCX_KEY_FILE", str(key_file))
+    model_config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4))
+    record = engine_module._record(get_scx_config(), model_config) | {"model": "abcd"}
+    vllm_config = SimpleNamespace(
+        additional_config={"scx": record}, model_config=model_config
+    )
+    assert engine_module.encoded_layers(vllm_config) == (0, 2)
+    expected = RootKey.load(get_scx_config()).for_model("abcd").fingerprint
+    assert engine_module.root_key(vllm_config).fingerprint == expected
+    monkeypatch.delenv("SCX_KEY_FILE")
+    with pytest.raises(SCXConfigError, match="key_file=False in this worker"):
+        engine_module.encoded_layers(vllm_config)
 
 
 # The exchange, between engines of different processes.
@@ -257,8 +563,6 @@ def run_on_store(model, folder, spoil=False):
 
 def stored(folder):
     """Keys and values (128, M x D) of the first stored block, by layer."""
-    from safetensors.torch import load_file
-
     result = []
     for layer in range(SHAPE["num_hidden_layers"]):
         (file,) = folder.rglob(f"model.layers.{layer}.self_attn.attn.safetensors")
@@ -288,7 +592,7 @@ def test_a_second_process_reads_what_a_first_one_stored(tiny_llama, tmp_path):
     assert native[0] == first[0] == second[0]
     assert spoilt[0] != native[0]
 
-    root = RootKey.load(SCXConfig((0, 2), "cpu", False, key_file))
+    root = root_key(key_file, tiny_llama)
     for layer, (ours, theirs) in enumerate(zip(held, stored(plain), strict=True)):
         k, v = ours
         if layer in LAYERS:
@@ -310,7 +614,7 @@ def build_after(model, folder, change):
         key_file = os.environ["SCX_KEY_FILE"]
         if change == "replace":
             with open(key_file, "wb") as file:
-                file.write(bytes(32))
+                file.write(os.urandom(32))
         else:
             os.unlink(key_file)
 

@@ -5,14 +5,13 @@ ran plain would be seen.
 """
 
 import math
-import secrets
 
 import pytest
 import torch
 
 from scx import codec as spec
-from scx.keys import RootKey, SCXConfig
 from tests.engines import engine, greedy, in_new_process, shut_down
+from tests.root_keys import new_key_file, root_key
 from tests.tiny_models import SHAPE
 
 LAYERS = SHAPE["num_hidden_layers"]
@@ -146,10 +145,7 @@ def test_each_step_draws_a_fresh_row_order(compiled, tiny_llama):
 
 
 def test_no_key_is_in_the_compile_cache(tiny_llama, tmp_path):
-    secret = secrets.token_bytes(32)
-    key_file = tmp_path / "key"
-    key_file.touch(mode=0o600)
-    key_file.write_bytes(secret)
+    key_file = new_key_file(tmp_path / "key")
     cache = tmp_path / "cache"
     env = {
         "SCX_ENC_LAYERS": "0,1",
@@ -159,8 +155,10 @@ def test_no_key_is_in_the_compile_cache(tiny_llama, tmp_path):
     }
     in_new_process(caches, tiny_llama, COMPILED, env=env)
 
-    root = RootKey.load(SCXConfig((0, 1), "cpu", False, key_file))
-    needles = {secret, secret.hex().encode()}
+    root = root_key(key_file, tiny_llama)
+    needles = set()
+    for secret in (key_file.read_bytes(), root._secret):
+        needles |= {secret, secret.hex().encode()}
     for layer in (0, 1):
         for permutation in spec.derive_feature_key(root, layer, range(2), 64):
             numbers = permutation.tolist()[:12]

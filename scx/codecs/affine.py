@@ -65,10 +65,7 @@ class AffineCodec(FeatureCodec):
     ) -> Self:
         def normal(name: str, *shape: int) -> torch.Tensor:
             return torch.stack(
-                [
-                    _normal(root, f"layer {layer} kv head {head} affine {name}", shape)
-                    for head in kv_heads
-                ]
+                [_normal(root, ("affine", name, layer, head), shape) for head in kv_heads]
             )
 
         square = (head_dim, head_dim)
@@ -149,11 +146,12 @@ def _uniform_rotation(normal: torch.Tensor) -> torch.Tensor:
     return q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
 
 
-def _normal(root: RootKey, label: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Normal numbers, float64, that belong to a label: 52 random bits each."""
-    words = torch.frombuffer(
-        bytearray(root.stream(label, 8 * math.prod(shape))), dtype=torch.int64
-    )
+def _normal(
+    root: RootKey, fields: tuple[str | int, ...], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Normal numbers, float64, that belong to some fields: 52 random bits each."""
+    stream = root.stream(*fields, length=8 * math.prod(shape))
+    words = torch.frombuffer(bytearray(stream), dtype=torch.int64)
     # Half a step from 0 and from 1, which a double of 53 bits can say of 52 random ones.
     uniform = ((words >> 12).double() + (2.0**51 + 0.5)) / 2.0**52
     return torch.special.ndtri(uniform).reshape(shape)

@@ -12,7 +12,7 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-from scx import codecs, cores, engine, metrics, watchdog
+from scx import codecs, cores, engine, metrics, placement, watchdog
 from scx.attention import OP_NAME, SCXAttention, logger
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
 from scx.keys import RootKey, SCXConfig, get_scx_config
@@ -39,7 +39,7 @@ class SCXForCausalLM(nn.Module):
         if not chosen:
             return
         config = get_scx_config()
-        root = RootKey.load(config)
+        root = engine.root_key(vllm_config)
         engine.claim_store(vllm_config, root)
         for index, attention in zip(chosen, self.encoded, strict=True):
             engine.require_cache(attention.attn.kv_cache_dtype, config)
@@ -145,6 +145,9 @@ def _attach_secure_layers(
         from scx.accelerator_device import AcceleratorSecureLayer
 
         device, secure_layer = rotary.cos_sin_cache.device, AcceleratorSecureLayer
+    placement.require_apart(
+        torch.device(config.secure_device), rotary.cos_sin_cache.device
+    )
     cos_sin_cache = rotary.cos_sin_cache.to(device)
     watched = {}
     for layer, its_features in zip(layers, features, strict=True):
