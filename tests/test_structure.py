@@ -26,7 +26,8 @@ ALLOWED = {
     "metrics": {"secure_device"},
     "attention": {"host_device", "secure_device"},
     "kv_store": {"errors", "keys"},
-    "engine": {"errors", "keys", "kv_store"},
+    "rotary": {"errors"},
+    "engine": {"errors", "keys", "kv_store", "rotary"},
     "models": {
         "accelerator_device",
         "attention",
@@ -37,16 +38,26 @@ ALLOWED = {
         "keys",
         "metrics",
         "models",
+        "rotary",
         "secure_device",
         "watchdog",
     },
+    "plugin": {"engine", "errors", "keys", "models"},
     "embedded": {"errors"},
     "estimate": {"errors", "kernels"},
     "audit": {"audit", "engine", "errors", "keys"},
-    "__init__": {"engine"},
+    "__init__": {"engine", "plugin"},
     "__main__": {"", "audit", "engine", "errors", "estimate", "keys"},
 }
-MAY_IMPORT_VLLM = {"attention", "audit", "engine", "models", "__main__"}
+MAY_IMPORT_VLLM = {
+    "attention",
+    "audit",
+    "engine",
+    "models",
+    "plugin",
+    "rotary",
+    "__main__",
+}
 
 
 def room(path):
