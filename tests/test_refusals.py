@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from scx import engine
+from scx.errors import SCXUnsupportedError
+from scx.keys import SCXConfig
 from tests import tiny_models
 from tests.engines import in_new_process
 
@@ -396,6 +398,12 @@ def test_weights_that_bring_scales_for_an_fp8_cache(tmp_path):
         tmp_path / "scaled", "LlamaForCausalLM", "llama", quantization_config=quantized
     )
     assert_fp8_is_refused(*outcomes([({"model": str(folder)}, {})], AFFINE)[0])
+
+
+def test_the_cache_that_a_layer_got_is_looked_at_once_more():
+    config = SCXConfig((0,), "cpu", False, None, "affine")
+    with pytest.raises(SCXUnsupportedError, match="kv_cache_dtype='fp8' clips"):
+        engine.require_cache("fp8", config)
 
 
 def test_layer_beyond_the_model(llama):
