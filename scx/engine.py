@@ -9,6 +9,7 @@ versions, in docs/vllm-seams.md.
 import hashlib
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -135,12 +136,11 @@ def configure(vllm_config: "VllmConfig") -> None:
     model_config = vllm_config.model_config
     if not config.enabled or model_config is None:
         return
-    obstacles = [
-        *_model_obstacles(model_config),
-        *_feature_obstacles(vllm_config, config),
-    ]
-    if obstacles:
-        raise SCXUnsupportedError(f"{_asked(config)}, but {obstacles[0]}")
+    # The first: what follows reads configurations of models that are encoded.
+    for obstacle in chain(
+        _model_obstacles(model_config), _feature_obstacles(vllm_config, config)
+    ):
+        raise SCXUnsupportedError(f"{_asked(config)}, but {obstacle}")
     additional = cast("dict[str, Any]", vllm_config.additional_config)
     additional[_RECORD] = _record(config, model_config)
     claim_store(vllm_config, RootKey.load(config))
@@ -324,37 +324,34 @@ def _feature_obstacles(vllm_config: "VllmConfig", config: SCXConfig) -> Iterator
             "and ubatch_size"
         )
     yield from _cache_obstacles(_cache_dtype(vllm_config), config)
-    mode = vllm_config.compilation_config.cudagraph_mode
-    if (
-        _waits_for_python(config, vllm_config.model_config)
-        and _takes_whole_graphs(vllm_config)
-        and mode.name != "FULL_AND_PIECEWISE"
-    ):
+    mode = _whole_graphs(vllm_config)
+    if mode and _waits_for_python(config, vllm_config.model_config):
         yield (
-            f"cudagraph_mode={mode.name} captures the secure step, which synchronises "
+            f"cudagraph_mode={mode} captures the secure step, which synchronises "
             "with the host: leave it out, or use PIECEWISE or NONE"
         )
 
 
-def _takes_whole_graphs(vllm_config: "VllmConfig") -> bool:
-    """Whether vLLM would follow a choice of whole-step CUDA graphs.
+def _whole_graphs(vllm_config: "VllmConfig") -> str:
+    """The choice of CUDA graphs of whole steps alone, empty where vLLM follows none.
 
-    Not in eager mode, not on a platform without graphs and not for pooling models
+    As in eager mode, on a platform without graphs and for pooling models
     (`VllmConfig.__post_init__`, after `configure`).
     """
+    from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
 
-    mode, model_config = (
-        vllm_config.compilation_config.cudagraph_mode,
-        vllm_config.model_config,
-    )
-    return (
-        mode is not None
-        and mode.has_full_cudagraphs()
-        and not model_config.enforce_eager
-        and model_config.pooler_config is None
-        and current_platform.support_static_graph_mode()
-    )
+    model_config = vllm_config.model_config
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if (
+        mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE)
+        or not mode.has_full_cudagraphs()
+        or model_config.enforce_eager
+        or model_config.pooler_config is not None
+        or not current_platform.support_static_graph_mode()
+    ):
+        return ""
+    return mode.name
 
 
 def _cache_dtype(vllm_config: "VllmConfig") -> str:
@@ -378,8 +375,8 @@ def _cache_obstacles(cache_dtype: str, config: SCXConfig) -> Iterator[str]:
     if "fp8" in cache_dtype and config.codec != "permutation":
         yield (
             f"kv_cache_dtype={cache_dtype!r} clips at scales made for K and V as they "
-            f"are, and {CODEC}={config.codec!r} stretches them: use auto, or the "
-            "permutation codec"
+            f"are, and {CODEC}={config.codec!r} stretches them: use auto (bfloat16 or "
+            "float16 if the weights bring such scales), or the permutation codec"
         )
     if cache_dtype not in ("auto", "float16", "bfloat16") and "fp8" not in cache_dtype:
         yield (
