@@ -4,15 +4,43 @@ Importing this package loads neither torch nor vLLM, because vLLM imports it
 in every process it starts, with or without a use for it.
 """
 
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
 
 
-def init_vllm_plugin() -> None:
+def _init_vllm_plugin() -> None:
     """Join vLLM: the entry point of the group ``vllm.general_plugins``.
 
     vLLM calls it once in each of its processes; calling it again changes
-    nothing. Raises SCXConfigError where an SCX_* variable is malformed.
+    nothing. Raises SCXConfigError where an SCX_* variable is malformed, and
+    SCXUnsupportedError where vLLM lacks what encoding is refused by.
     """
-    from scx.engine import register
+    from scx import engine, plugin
 
-    register()
+    plugin.join()
+    engine.register()
+
+
+if TYPE_CHECKING:
+    init_vllm_plugin = _init_vllm_plugin
+
+
+def __getattr__(name: str) -> Callable[[], None]:
+    """`init_vllm_plugin`, and what must not wait for its call.
+
+    vLLM looks up all plugins, then calls one after another, and does neither again in
+    that process. Where another plugin raises before ours is called, and the engine is
+    tried once more, only the lookup has happened: so it joins vLLM already.
+    """
+    if name != "init_vllm_plugin":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # vLLM logs what a lookup raises and goes on plain. The call does the same again, and
+    # what it raises ends the engine.
+    with contextlib.suppress(Exception):
+        from scx import plugin
+
+        plugin.join()
+    return _init_vllm_plugin

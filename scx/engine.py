@@ -1,8 +1,6 @@
 """What vLLM is told, and what is refused.
 
-vLLM reads three things from this file: the model classes, a hook into its
-configuration, and the operator at which it must split a compiled graph. The
-hook runs in the process that creates the engine, before weights load; its
+`configure` runs in the process that creates the engine, before weights load; its
 record travels to every worker in `additional_config`, which is also part of
 vLLM's compile-cache key. Names of vLLM that this leans on are listed, with
 versions, in docs/vllm-seams.md.
@@ -11,10 +9,11 @@ versions, in docs/vllm-seams.md.
 import hashlib
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from scx import keys, kv_store, placement
+from scx import cores, keys, kv_store, placement, rotary
 from scx.errors import SCXConfigError, SCXUnsupportedError
 from scx.identity import identity_of
 from scx.keys import (
@@ -30,19 +29,22 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 ENCODED_CLASSES = {
-    "Ernie4_5ForCausalLM": "scx.models.ernie45_scx:Ernie4_5SCXForCausalLM",
-    "LlamaForCausalLM": "scx.models.llama_scx:LlamaSCXForCausalLM",
-    "MistralForCausalLM": "scx.models.mistral_scx:MistralSCXForCausalLM",
-    "Phi3ForCausalLM": "scx.models.phi3_scx:Phi3SCXForCausalLM",
-    "Qwen2ForCausalLM": "scx.models.qwen2_scx:Qwen2SCXForCausalLM",
-    "Qwen3ForCausalLM": "scx.models.qwen3_scx:Qwen3SCXForCausalLM",
+    f"vllm.model_executor.models.{stock}": f"scx.models.{ours}"
+    for stock, ours in {
+        "ernie45:Ernie4_5ForCausalLM": "ernie45_scx:Ernie4_5SCXForCausalLM",
+        "llama:LlamaForCausalLM": "llama_scx:LlamaSCXForCausalLM",
+        "mistral:MistralForCausalLM": "mistral_scx:MistralSCXForCausalLM",
+        "phi3:Phi3ForCausalLM": "phi3_scx:Phi3SCXForCausalLM",
+        "qwen2:Qwen2ForCausalLM": "qwen2_scx:Qwen2SCXForCausalLM",
+        "qwen3:Qwen3ForCausalLM": "qwen3_scx:Qwen3SCXForCausalLM",
+    }.items()
 }
-"""The stock classes that can be encoded, and the class that does it."""
+"""The class that encodes, by the stock class that it stands for: each module:class."""
 
-_NORMED = "Qwen3SCXForCausalLM"
+_NORMED = "scx.models.qwen3_scx:Qwen3SCXForCausalLM"
 """The class that norms queries and keys, which the fused kernels do not."""
-_MODEL_FREE_DRAFTS = ("ngram", "suffix")
-"""Speculative methods that look drafts up in earlier tokens, on the host."""
+_MODEL_FREE_DRAFTS = ("ngram", "ngram_gpu", "suffix")
+"""Speculative methods that look drafts up in earlier tokens."""
 _QUANTIZATIONS = (
     None,
     "auto_awq",
@@ -59,73 +61,67 @@ _RECORD = "scx"
 
 
 @cache
+def register() -> None:
+    """Register the classes that encode with vLLM, and hold the setting.
+
+    Once a process, and again where it raised: SCXConfigError for a malformed variable.
+    No stock name is taken: `configure` names our class in the model's configuration.
+    """
+    from vllm.model_executor.models import ModelRegistry
+
+    for path in ENCODED_CLASSES.values():
+        ModelRegistry.register_model(_class_name(path), path)
+    keys.pin_config()
+
+
 def encoded_architectures() -> dict[str, str]:
     """The class that encodes, by each architecture that vLLM runs with a stock class.
 
     vLLM has several names for some classes: InternLM3 and TeleChat3 are Llama models.
     """
-    from vllm.model_executor.models.registry import _VLLM_MODELS
-
-    return {
-        name: ENCODED_CLASSES[stock]
-        for name, (_, stock) in _VLLM_MODELS.items()
-        if stock in ENCODED_CLASSES and name.endswith("ForCausalLM")
-    }
-
-
-def register() -> None:
-    """Register the model classes and the configuration hook with vLLM."""
     from vllm.model_executor.models import ModelRegistry
 
-    for path in ENCODED_CLASSES.values():
-        ModelRegistry.register_model(_class_name(path), path)
-    _hook_configuration(ModelRegistry.get_supported_archs())
-    keys.pin_config()
-    if get_scx_config().enabled:
-        for architecture, path in encoded_architectures().items():
-            ModelRegistry.register_model(architecture, path)
+    return {
+        name: ENCODED_CLASSES[path]
+        for name, model in ModelRegistry.models.items()
+        if (path := _class_path(model)) in ENCODED_CLASSES
+    }
 
 
 def _class_name(path: str) -> str:
     return path.split(":")[1]
 
 
-def _encoding_class(architecture: str) -> str:
-    """The name of the class that encodes an architecture, or its own name."""
-    path = encoded_architectures().get(architecture)
-    return _class_name(path) if path else architecture
+def _class_path(model: Any) -> str:
+    """module:class of an entry of vLLM's registry."""
+    if (loaded := getattr(model, "model_cls", None)) is not None:
+        return f"{loaded.__module__}:{loaded.__qualname__}"
+    return f"{model.module_name}:{model.class_name}"
 
 
-def _hook_configuration(architectures: Any) -> None:
-    """Have `configure` see the configuration of every architecture.
+def _chosen(model_config: "ModelConfig") -> tuple[str, str]:
+    """The architecture of a model that vLLM runs, and module:class of what runs it.
 
-    Of those that are not encoded too: they must be refused when encoding is
-    asked for, and no other code of ours would run to see them.
+    As the registry resolves it in the worker: the first that is registered, by its own
+    name or by that of the generating model of which vLLM makes it (as for
+    ForSequenceClassification). The path is empty where none is.
     """
-    from vllm.model_executor.models.config import (
-        MODELS_CONFIG_MAP,
-        VerifyAndUpdateConfig,
-    )
+    registry = model_config.registry
+    names = getattr(model_config.hf_config, "architectures", None)
+    for name in names or model_config.architectures:
+        model = registry.models.get(registry._normalize_arch(name, model_config))
+        if model is not None:
+            return name, _class_path(model)
+    return model_config.architecture, ""
 
-    for architecture in architectures:
-        stock = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
-        if getattr(stock, "configures_scx", False):
-            continue
 
-        def verify_and_update_config(
-            vllm_config: "VllmConfig", stock: Any = stock
-        ) -> None:
-            stock.verify_and_update_config(vllm_config)
-            configure(vllm_config)
+def _encoding_class(model_config: "ModelConfig") -> str:
+    """module:class of what encodes a model, empty where nothing does.
 
-        MODELS_CONFIG_MAP[architecture] = type(
-            "SCXVerifyAndUpdateConfig",
-            (stock,),
-            {
-                "verify_and_update_config": staticmethod(verify_and_update_config),
-                "configures_scx": True,
-            },
-        )
+    The user may have named it, and `configure` may have been here before.
+    """
+    _, path = _chosen(model_config)
+    return path if path in ENCODED_CLASSES.values() else ENCODED_CLASSES.get(path, "")
 
 
 def configure(vllm_config: "VllmConfig") -> None:
@@ -135,37 +131,39 @@ def configure(vllm_config: "VllmConfig") -> None:
     a setting that does not fit the model or changed too late, and
     SCXUnsupportedError for a model or feature that would not run encoded.
     """
+    register()
     config = get_scx_config()
     keys.require_unchanged(config)
     if not config.enabled:
         kv_store.require_unlabelled(vllm_config)
-        return
     model_config = vllm_config.model_config
-    obstacles = [
-        *_model_obstacles(model_config),
-        *_feature_obstacles(vllm_config, config),
-    ]
-    if obstacles:
-        raise SCXUnsupportedError(f"{_asked(config)}, but {obstacles[0]}")
+    if not config.enabled or model_config is None:
+        return
+    # The first: what follows reads configurations of models that are encoded.
+    for obstacle in chain(
+        _model_obstacles(model_config), _feature_obstacles(vllm_config, config)
+    ):
+        raise SCXUnsupportedError(f"{_asked(config)}, but {obstacle}")
     additional = cast("dict[str, Any]", vllm_config.additional_config)
-    model = identity_of(model_config) if config.key_file else ""
-    additional[_RECORD] = _record(config, model_config) | {"model": model}
+    additional[_RECORD] = _record(config, model_config) | {
+        "model": identity_of(model_config) if config.key_file else "",
+        # Here, as the process of a data-parallel replica forgets the others.
+        "ranks_here": cores.ranks_here(vllm_config.parallel_config),
+    }
     if kv_store.outlives_engine(vllm_config):
         claim_store(vllm_config, root_key(vllm_config))
     # A worker that lacks our variables then builds our class all the same, and
     # that class refuses to run without them.
-    model_config.hf_config.architectures = [_encoding_class(model_config.architecture)]
-    if not (
-        uses_host_device(config, model_config) or uses_accelerator(config, model_config)
-    ):
+    model_config.hf_config.architectures = [_class_name(_encoding_class(model_config))]
+    if _waits_for_python(config, model_config):
         _use_piecewise_graphs(vllm_config, config)
     vllm_config.compilation_config.pass_config.fuse_attn_quant = False
 
 
 def root_key(vllm_config: "VllmConfig") -> RootKey:
     """The root key of this engine's model, as this process has it."""
-    model = (record_of(vllm_config) or {})["model"]
-    return RootKey.load(get_scx_config()).for_model(model)
+    record: Any = record_of(vllm_config)
+    return RootKey.load(get_scx_config()).for_model(record["model"])
 
 
 def claim_store(vllm_config: "VllmConfig", root: RootKey) -> None:
@@ -194,8 +192,20 @@ def uses_accelerator(config: SCXConfig, model_config: "ModelConfig") -> bool:
 def _has_fused_kernels(model_config: "ModelConfig") -> bool:
     from vllm.platforms import current_platform
 
-    normed = _encoding_class(model_config.architecture) == _NORMED
-    return current_platform.is_cuda() and not normed
+    return current_platform.is_cuda() and _encoding_class(model_config) != _NORMED
+
+
+def _waits_for_python(config: SCXConfig, model_config: "ModelConfig") -> bool:
+    """Whether the secure step synchronises with Python, so no CUDA graph can hold it."""
+    return not (
+        uses_host_device(config, model_config) or uses_accelerator(config, model_config)
+    )
+
+
+def host_workers(vllm_config: "VllmConfig") -> int:
+    """Worker threads of this rank, if the host is the secure device."""
+    record: Any = record_of(vllm_config)
+    return cores.workers_for(cores.usable_cores(), record["ranks_here"])
 
 
 def max_step_tokens(vllm_config: "VllmConfig") -> int:
@@ -269,12 +279,20 @@ def _model_obstacles(model_config: "ModelConfig") -> Iterator[str]:
             f"model_impl={model_config.model_impl!r} does not use vLLM's model "
             "classes: leave it out"
         )
-    architecture, encoded = model_config.architecture, encoded_architectures()
-    if _encoding_class(architecture) not in map(_class_name, encoded.values()):
-        yield (
-            f"{architecture} is not encoded: use one of {', '.join(encoded)}, "
-            f"or unset {ENC_LAYERS}"
-        )
+    architecture, path = _chosen(model_config)
+    if not _encoding_class(model_config):
+        if not path or path.startswith("vllm."):
+            yield (
+                f"{architecture} is not encoded: use one of "
+                f"{', '.join(encoded_architectures())}, or unset {ENC_LAYERS}"
+            )
+        else:
+            yield (
+                f"{architecture} is run by {path} here, not by a class of vLLM that is "
+                "encoded: leave out what registered it (a plugin, "
+                "ModelRegistry.register_model, model_class_overrides), or unset "
+                f"{ENC_LAYERS}"
+            )
     if model_config.quantization not in _QUANTIZATIONS:
         yield (
             f"quantization={model_config.quantization!r} was never run encoded: use "
@@ -288,7 +306,11 @@ def _model_obstacles(model_config: "ModelConfig") -> Iterator[str]:
     if getattr(hf_config, "dual_chunk_attention_config", None):
         yield "dual chunk attention is not encoded: drop dual_chunk_attention_config"
     if not getattr(hf_config, "is_causal", True):
-        yield "encoder-only attention (is_causal=False) is not encoded"
+        yield (
+            "encoder-only attention (is_causal=False) is not encoded: use a model that "
+            f"attends to earlier tokens only, or unset {ENC_LAYERS}"
+        )
+    yield from rotary.obstacles(hf_config, model_config.max_model_len)
 
 
 def _feature_obstacles(vllm_config: "VllmConfig", config: SCXConfig) -> Iterator[str]:
@@ -323,7 +345,51 @@ def _feature_obstacles(vllm_config: "VllmConfig", config: SCXConfig) -> Iterator
             "dual batch overlap runs two steps at once in a layer: leave out enable_dbo "
             "and ubatch_size"
         )
-    yield from _cache_obstacles(vllm_config.cache_config.cache_dtype, config)
+    yield from _cache_obstacles(_cache_dtype(vllm_config), config)
+    mode = _whole_graphs(vllm_config)
+    if mode and _waits_for_python(config, vllm_config.model_config):
+        yield (
+            f"cudagraph_mode={mode} captures the secure step, which synchronises "
+            "with the host: leave it out, or use PIECEWISE or NONE"
+        )
+
+
+def _whole_graphs(vllm_config: "VllmConfig") -> str:
+    """The choice of CUDA graphs of whole steps alone, empty where vLLM follows none.
+
+    As in eager mode, on a platform without graphs and for pooling models
+    (`VllmConfig.__post_init__`, after `configure`).
+    """
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    model_config = vllm_config.model_config
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if (
+        mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE)
+        or not mode.has_full_cudagraphs()
+        or model_config.enforce_eager
+        or model_config.pooler_config is not None
+        or not current_platform.support_static_graph_mode()
+    ):
+        return ""
+    return mode.name
+
+
+def _cache_dtype(vllm_config: "VllmConfig") -> str:
+    """The type that the KV cache will have.
+
+    vLLM turns `auto` to fp8 while it builds layers whose weights bring scales for it
+    (vllm/model_executor/layers/attention/attention.py).
+    """
+    dtype, model_config = vllm_config.cache_config.cache_dtype, vllm_config.model_config
+    weights = getattr(model_config.hf_config, "quantization_config", None)
+    brings_scales = (
+        model_config.quantization == "compressed-tensors"
+        and isinstance(weights, dict)
+        and weights.get("kv_cache_scheme")
+    )
+    return "fp8" if dtype == "auto" and brings_scales else dtype
 
 
 def _cache_obstacles(cache_dtype: str, config: SCXConfig) -> Iterator[str]:
@@ -331,8 +397,8 @@ def _cache_obstacles(cache_dtype: str, config: SCXConfig) -> Iterator[str]:
     if "fp8" in cache_dtype and config.codec != "permutation":
         yield (
             f"kv_cache_dtype={cache_dtype!r} clips at scales made for K and V as they "
-            f"are, and {CODEC}={config.codec!r} stretches them: use auto, or the "
-            "permutation codec"
+            f"are, and {CODEC}={config.codec!r} stretches them: use auto (bfloat16 or "
+            "float16 if the weights bring such scales), or the permutation codec"
         )
     if cache_dtype not in ("auto", "float16", "bfloat16") and "fp8" not in cache_dtype:
         yield (
@@ -342,11 +408,7 @@ def _cache_obstacles(cache_dtype: str, config: SCXConfig) -> Iterator[str]:
 
 
 def require_cache(cache_dtype: str, config: SCXConfig) -> None:
-    """Refuse the type of an encoded layer's cache, as `configure` does.
-
-    vLLM chooses it anew while it builds a layer whose weights bring scales for fp8
-    (vllm/model_executor/layers/attention/attention.py).
-    """
+    """Refuse the type that an encoded layer's cache turned out to have."""
     for obstacle in _cache_obstacles(cache_dtype, config):
         raise SCXUnsupportedError(f"{_asked(config)}, but {obstacle}")
 
@@ -358,8 +420,7 @@ def _use_piecewise_graphs(vllm_config: "VllmConfig", config: SCXConfig) -> None:
     from vllm.platforms import current_platform
 
     compilation = vllm_config.compilation_config
-    mode = compilation.cudagraph_mode
-    if mode is None or mode == CUDAGraphMode.FULL_AND_PIECEWISE:
+    if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
         if current_platform.is_cuda_alike():
             init_logger("vllm.scx").warning(
@@ -370,8 +431,3 @@ def _use_piecewise_graphs(vllm_config: "VllmConfig", config: SCXConfig) -> None:
                 config.secure_device,
                 SECURE_DEVICE,
             )
-    elif mode.has_full_cudagraphs():
-        raise SCXUnsupportedError(
-            f"cudagraph_mode={mode.name} captures the secure step, which synchronises "
-            "with the host: leave it out, or use PIECEWISE or NONE"
-        )

@@ -70,6 +70,18 @@ def test_a_layer_that_the_model_does_not_have(llama):
     )
 
 
+def test_a_rotary_embedding_that_is_not_encoded(tmp_path):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    folder = tiny_models.save_config(
+        tmp_path / "dynamic", "LlamaForCausalLM", "llama", rope_parameters=rope
+    )
+    status, lines = check("--model", folder, SCX_ENC_LAYERS="0")
+    assert status == 1
+    verdict, detail = lines["model"]
+    assert verdict == "FAIL"
+    assert "max_model_len=2048 goes beyond the rotary table" in detail
+
+
 def test_everything_is_reported_at_once(tmp_path):
     status, lines = check("--model", tmp_path, SCX_ENC_LAYERS="x", VLLM_PLUGINS="another")
     assert status == 1

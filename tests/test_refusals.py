@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from scx import engine
+from scx.errors import SCXUnsupportedError
+from scx.keys import SCXConfig
 from tests import tiny_models
 from tests.engines import in_new_process
 
@@ -51,6 +53,11 @@ def llama(tmp_path_factory):
     return tiny_models.save_config(folder, "LlamaForCausalLM", "llama")
 
 
+def rope(rope_type="default", **values):
+    values |= {"rope_type": rope_type, "rope_theta": 1e4}
+    return {"rope_parameters": values}
+
+
 @pytest.fixture(scope="module")
 def refusals(llama, tmp_path_factory):
     root = tmp_path_factory.mktemp("refused")
@@ -70,6 +77,16 @@ def refusals(llama, tmp_path_factory):
         "another architecture": (config("gemma", "GemmaForCausalLM", "gemma"), {}),
         "alias": (config("alias", "TeleChat3ForCausalLM", "llama"), {}),
         "embedding": (config("embedding", "LlamaModel", "llama"), {}),
+        "classifier": (config("cls", "LlamaForSequenceClassification", "llama"), {}),
+        "classifier of a name in MODELS_CONFIG_MAP": (
+            config("reranker", "Qwen3ForSequenceClassification", "qwen3", head_dim=32),
+            {},
+        ),
+        "classifier of another class": (
+            config("gemmas", "GemmaForSequenceClassification", "gemma"),
+            {},
+        ),
+        "reward": (config("reward", "Qwen2ForProcessRewardModel", "qwen2"), {}),
         "scaled queries": (
             config(
                 "ministral",
@@ -98,6 +115,50 @@ def refusals(llama, tmp_path_factory):
         },
         "custom_class": speculating("custom_class", "builtins.object"),
         "ngram": speculating("ngram"),
+        "ngram_gpu": speculating("ngram_gpu"),
+        "whole graphs, eager": (
+            model
+            | {"enforce_eager": True, "compilation_config": {"cudagraph_mode": "FULL"}},
+            {},
+        ),
+        "whole graphs on a platform without": (
+            model | {"compilation_config": {"cudagraph_mode": "FULL"}},
+            {},
+        ),
+        "beyond the rotary table": (
+            model | {"max_model_len": 2048},
+            {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
+        ),
+        # vLLM's default is the scaled length here, of which its table has the half.
+        "dynamic": (
+            config("dynamic", "LlamaForCausalLM", "llama", **rope("dynamic", factor=2.0)),
+            {},
+        ),
+        "deepseek": (
+            config(
+                "deepseek",
+                "LlamaForCausalLM",
+                "llama",
+                **rope("deepseek_yarn", factor=2.0, original_max_position_embeddings=512),
+            ),
+            {},
+        ),
+        "three positions": (
+            config("mrope", "Qwen2ForCausalLM", "qwen2", **rope(mrope_section=[4, 6, 6])),
+            {},
+        ),
+        "by layer type": (
+            config(
+                "layers",
+                "Qwen3ForCausalLM",
+                "qwen3",
+                rope_parameters={
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e6},
+                },
+            ),
+            {},
+        ),
         "dual batch": (model | {"ubatch_size": 2}, {}),
         "context parallel": (
             model | {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
@@ -126,7 +187,16 @@ def refusals(llama, tmp_path_factory):
     return dict(zip(cases, results, strict=True))
 
 
-@pytest.mark.parametrize("case", ["no obstacle", "alias"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "no obstacle",
+        "alias",
+        "classifier",
+        "classifier of a name in MODELS_CONFIG_MAP",
+        "embedding",
+    ],
+)
 def test_what_fits_is_recorded(case, refusals):
     kind, record = refusals[case]
     assert kind == "configured"
@@ -142,7 +212,25 @@ def test_what_fits_is_recorded(case, refusals):
             "SCXUnsupportedError",
             ["GemmaForCausalLM is not encoded", "LlamaForCausalLM", "Qwen3ForCausalLM"],
         ),
-        ("embedding", "SCXUnsupportedError", ["LlamaModel is not encoded"]),
+        (
+            "classifier of another class",
+            "SCXUnsupportedError",
+            ["GemmaForSequenceClassification is not encoded"],
+        ),
+        (
+            "reward",
+            "SCXUnsupportedError",
+            ["Qwen2ForProcessRewardModel is not encoded"],
+        ),
+        (
+            "beyond the rotary table",
+            "SCXUnsupportedError",
+            ["max_model_len=2048", "has 1024 positions: set it to 1024 at most"],
+        ),
+        ("dynamic", "SCXUnsupportedError", ["max_model_len=2048", "1024 at most"]),
+        ("deepseek", "SCXUnsupportedError", ["rope_type='deepseek_yarn'", "longrope"]),
+        ("three positions", "SCXUnsupportedError", ["mrope_section in rope_parameters"]),
+        ("by layer type", "SCXUnsupportedError", ["rope_parameters by layer type"]),
         ("scaled queries", "SCXUnsupportedError", ["llama_4_scaling of the queries"]),
         ("model_impl", "SCXUnsupportedError", ["model_impl='transformers'"]),
         ("qk_norm", "SCXUnsupportedError", ["qk_norm=True is not encoded"]),
@@ -177,20 +265,24 @@ def test_refused_in_one_line_that_says_what_to_do(case, error, texts, refusals):
 
 def described(architecture, quantization=None):
     """As much of a ModelConfig as is looked at."""
+    from vllm.model_executor.models import ModelRegistry
+
     return SimpleNamespace(
         model_impl="auto",
         architecture=architecture,
         quantization=quantization,
+        runner_type="generate",
+        convert_type="none",
+        max_model_len=8192,
+        hf_config=SimpleNamespace(architectures=[architecture]),
         hf_text_config=SimpleNamespace(),
+        registry=ModelRegistry,
     )
 
 
 @pytest.mark.parametrize("quantization", ["bitsandbytes", "modelopt", "torchao"])
-def test_quantised_weights_that_were_not_run_are_refused_by_name(
-    quantization, monkeypatch
-):
+def test_quantised_weights_that_were_not_run_are_refused_by_name(quantization):
     """Where this suite runs, vLLM itself refuses most of them before."""
-    monkeypatch.setattr(engine, "encoded_architectures", lambda: engine.ENCODED_CLASSES)
     (obstacle,) = engine._model_obstacles(described("LlamaForCausalLM", quantization))
     assert obstacle == (
         f"quantization={quantization!r} was never run encoded: use AWQ, GPTQ, fp8 or "
@@ -207,19 +299,29 @@ def test_quantised_weights_that_were_not_run_are_refused_by_name(
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen3MoeForCausalLM",
         "Qwen3VLForConditionalGeneration",
+        "Qwen3VLForSequenceClassification",
+        "NotInTheRegistryForCausalLM",
     ],
 )
-def test_models_around_an_encoded_one_are_refused_by_name(architecture, monkeypatch):
+def test_models_around_an_encoded_one_are_refused_by_name(architecture):
     """Those of images need packages that this environment lacks to get this far."""
-    monkeypatch.setattr(engine, "encoded_architectures", lambda: engine.ENCODED_CLASSES)
     (obstacle,) = engine._model_obstacles(described(architecture))
     assert obstacle == (
-        f"{architecture} is not encoded: use one of {', '.join(engine.ENCODED_CLASSES)}, "
-        "or unset SCX_ENC_LAYERS"
+        f"{architecture} is not encoded: use one of "
+        f"{', '.join(engine.encoded_architectures())}, or unset SCX_ENC_LAYERS"
     )
 
 
-@pytest.mark.parametrize("case", ["ngram", "fp8 cache"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "ngram",
+        "ngram_gpu",
+        "fp8 cache",
+        "whole graphs, eager",
+        "whole graphs on a platform without",
+    ],
+)
 def test_not_refused(case, refusals):
     assert refusals[case][0] == "configured"
 
@@ -255,18 +357,36 @@ def test_sleep_mode(llama):
     assert "sleep mode may discard the secure step's counters: leave it out" in message
 
 
-def build(model):
-    """The type and text of the error that an engine ends with while it is built."""
-    from tests.engines import engine as start
+def configure_with_graphs(cases):
+    from vllm.platforms import current_platform
 
-    try:
-        start(model, skip_tokenizer_init=True, load_format="dummy")
-    except Exception as error:
-        return type(error).__name__, str(error)
+    # As on a GPU.
+    type(current_platform).support_static_graph_mode = lambda self: True
+    return configure_each(cases)
+
+
+def test_whole_graphs_where_vllm_takes_them(llama, tmp_path):
+    """Of a step that waits for Python: here the host's fused kernels are not used."""
+    whole = {"compilation_config": {"cudagraph_mode": "FULL"}}
+    pooled = {"runner": "pooling", "convert": "embed"}
+    cases = [{}, {"enforce_eager": True}, pooled]
+    results = in_new_process(
+        configure_with_graphs,
+        [({"model": str(llama)} | whole | case, {}) for case in cases],
+        env={"SCX_ENC_LAYERS": "0"},
+    )
+    (refused, message), *others = results
+    assert refused == "SCXUnsupportedError"
+    assert message == (
+        "SCX_ENC_LAYERS='0' asks for encoding, but cudagraph_mode=FULL captures the "
+        "secure step, which synchronises with the host: leave it out, or use PIECEWISE "
+        "or NONE"
+    )
+    assert [kind for kind, _ in others] == ["configured", "configured"]
 
 
 def test_weights_that_bring_scales_for_an_fp8_cache(tmp_path):
-    """vLLM then takes fp8 while it builds the layers, after its configuration."""
+    """vLLM may take fp8 only while it builds the layers, after its configuration."""
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
     quantized = {
         "quant_method": "compressed-tensors",
@@ -277,7 +397,13 @@ def test_weights_that_bring_scales_for_an_fp8_cache(tmp_path):
     folder = tiny_models.save_config(
         tmp_path / "scaled", "LlamaForCausalLM", "llama", quantization_config=quantized
     )
-    assert_fp8_is_refused(*in_new_process(build, folder, env=AFFINE))
+    assert_fp8_is_refused(*outcomes([({"model": str(folder)}, {})], AFFINE)[0])
+
+
+def test_the_cache_that_a_layer_got_is_looked_at_once_more():
+    config = SCXConfig((0,), "cpu", False, None, "affine")
+    with pytest.raises(SCXUnsupportedError, match="kv_cache_dtype='fp8' clips"):
+        engine.require_cache("fp8", config)
 
 
 def test_layer_beyond_the_model(llama):
@@ -297,29 +423,6 @@ def test_turned_on_after_a_plain_engine_was_configured(llama):
     assert plain == ("configured", None)
     assert late[0] == "SCXConfigError"
     assert "start a new process" in late[1]
-
-
-def build_without_record(model):
-    """What a worker meets whose engine was not configured by our hook."""
-    from vllm.model_executor.models import config
-    from vllm.plugins import load_general_plugins
-
-    from tests.engines import engine
-
-    load_general_plugins()
-    for architecture in ("LlamaForCausalLM", "LlamaSCXForCausalLM"):
-        del config.MODELS_CONFIG_MAP[architecture]
-    try:
-        engine(model, skip_tokenizer_init=True, load_format="dummy")
-    except Exception as error:
-        return type(error).__name__, str(error)
-
-
-def test_a_model_built_without_our_hook_does_not_run_plain(llama):
-    env = {"SCX_ENC_LAYERS": "0"}
-    kind, message = in_new_process(build_without_record, llama, env=env)
-    assert kind == "SCXUnsupportedError"
-    assert "was configured without it" in message
 
 
 def build_in_worker_without_variables(model):

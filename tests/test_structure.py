@@ -30,12 +30,12 @@ ALLOWED = {
     "metrics": {"secure_device"},
     "attention": {"host_device", "secure_device"},
     "kv_store": {"errors", "files", "keys"},
-    "engine": {"errors", "identity", "keys", "kv_store", "placement"},
+    "rotary": {"errors"},
+    "engine": {"cores", "errors", "identity", "keys", "kv_store", "placement", "rotary"},
     "models": {
         "accelerator_device",
         "attention",
         "codecs",
-        "cores",
         "engine",
         "errors",
         "host_device",
@@ -43,16 +43,26 @@ ALLOWED = {
         "metrics",
         "models",
         "placement",
+        "rotary",
         "secure_device",
         "watchdog",
     },
+    "plugin": {"engine", "errors", "keys", "models"},
     "embedded": {"errors"},
     "estimate": {"errors", "kernels"},
     "audit": {"audit", "engine", "errors", "keys"},
-    "__init__": {"engine"},
+    "__init__": {"engine", "plugin"},
     "__main__": {"", "audit", "engine", "errors", "estimate", "keys"},
 }
-MAY_IMPORT_VLLM = {"attention", "audit", "engine", "models", "__main__"}
+MAY_IMPORT_VLLM = {
+    "attention",
+    "audit",
+    "engine",
+    "models",
+    "plugin",
+    "rotary",
+    "__main__",
+}
 
 
 def room(path):

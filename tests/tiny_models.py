@@ -1,6 +1,7 @@
 """Tiny random models: the shapes that the embedded model does not have."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def save(folder: Path, architecture: str, **config: Any) -> Path:
     import torch
     import transformers
 
-    kind = architecture.removesuffix("ForCausalLM")
+    kind = re.sub("(ForCausalLM|ForSequenceClassification|Model)$", "", architecture)
     config_class = getattr(transformers, f"{kind}Config")
     torch.manual_seed(0)
     model = getattr(transformers, architecture)(

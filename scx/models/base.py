@@ -10,12 +10,12 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-from scx import codecs, cores, engine, metrics, placement, watchdog
+from scx import codecs, engine, metrics, placement, watchdog
 from scx.attention import OP_NAME, SCXAttention, logger
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
 from scx.keys import RootKey, SCXConfig, get_scx_config
+from scx.rotary import table_of
 from scx.secure_device import SecureLayer
 
 
@@ -66,6 +66,15 @@ class SCXForCausalLM(nn.Module):
             root.fingerprint,
         )
 
+    def encodes(self, layers: list[int]) -> bool:
+        """Whether each of these layers that is on this rank has encoded attention."""
+        here = range(self.model.start_layer, self.model.end_layer)
+        return all(
+            isinstance(self.model.layers[i].self_attn, SCXAttention)
+            for i in layers
+            if i in here
+        )
+
     def forward(
         self,
         input_ids: torch.Tensor | None,
@@ -101,17 +110,9 @@ def _attach_secure_layers(
         codec.derive(root, layer.layer_index, _global_kv_heads(layer), layer.head_dim)
         for layer in layers
     ]
-    rotary = layers[0].rotary_emb
-    # Every layer of these models has the same table; vLLM shares the object.
-    if any(layer.rotary_emb is not rotary for layer in layers):
-        raise SCXUnsupportedError(
-            "rotary embeddings that differ by layer are not encoded"
-        )
-    if type(rotary).forward_native is not RotaryEmbedding.forward_native:
-        raise SCXUnsupportedError(
-            f"the rotary embedding {type(rotary).__name__} is more than a table of "
-            "cosines and sines, so it is not encoded"
-        )
+    rotary = table_of(
+        [layer.rotary_emb for layer in layers], vllm_config.model_config.max_model_len
+    )
     if engine.uses_host_device(config, vllm_config.model_config):
         # Here and not above: vLLM's CPU platform scans all modules while it starts
         # and stumbles over llvmlite (vllm/triton_utils/dispatcher.py).
@@ -126,9 +127,7 @@ def _attach_secure_layers(
             engine.max_step_tokens(vllm_config),
             vllm_config.model_config.dtype,
             rotary.cos_sin_cache.device,
-            cores.workers_for(
-                cores.usable_cores(), cores.ranks_here(vllm_config.parallel_config)
-            ),
+            engine.host_workers(vllm_config),
         )
         for slot, layer in enumerate(layers):
             layer.secure = HostSecureLayer(host, slot)

@@ -1,0 +1,73 @@
+"""Joining vLLM: the two methods of its own at which this package stands.
+
+The first sees the configuration of every engine, whatever architecture it names and
+whoever registered that, when. The second sees every model that was loaded, before its
+worker serves: what the first did not see, or another plugin undid, ends there.
+"""
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
+
+from scx import engine
+from scx.errors import SCXNotEncodedError, SCXUnsupportedError
+from scx.keys import ENC_LAYERS, get_scx_config
+
+
+@cache
+def join() -> None:
+    """Stand at both methods, once a process. Raises SCXUnsupportedError without one."""
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    verify = _method(VllmConfig, "try_verify_and_update_config")
+    initialize = _method(WorkerWrapperBase, "initialize_from_config")
+
+    # Each time, while vLLM's own part runs once a ModelConfig, also where it was refused.
+    @wraps(verify)
+    def try_verify_and_update_config(self: Any) -> None:
+        verify(self)
+        engine.configure(self)
+
+    # Executors of all kinds call it when the model is loaded and before it serves.
+    @wraps(initialize)
+    def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> None:
+        require_encoded(self.vllm_config, self.worker)
+        initialize(self, *args, **kwargs)
+
+    VllmConfig.try_verify_and_update_config = try_verify_and_update_config
+    WorkerWrapperBase.initialize_from_config = initialize_from_config
+
+
+def _method(owner: type, name: str) -> Callable[..., None]:
+    method = getattr(owner, name, None)
+    if method is None:
+        raise SCXUnsupportedError(
+            f"this vLLM has no {owner.__name__}.{name}, without which a model could run "
+            "plain unseen: use a version that scx-vllm names, or keep it from loading "
+            "this plugin (VLLM_PLUGINS)"
+        )
+    return method
+
+
+def require_encoded(vllm_config: Any, worker: Any) -> None:
+    """Raise SCXNotEncodedError unless a worker's model encodes what was asked for.
+
+    Asked for by the variables of this process, or by the record of the process that
+    configured the engine. Without either nothing is looked at.
+    """
+    record, config = engine.record_of(vllm_config), get_scx_config()
+    if record is None and not config.enabled:
+        return
+    # Here, as it loads vLLM's models.
+    from scx.models.base import SCXForCausalLM
+
+    model = worker.get_model()
+    if record and isinstance(model, SCXForCausalLM) and model.encodes(record["layers"]):
+        return
+    layers, loaded = record["layers"] if record else config.enc_layers, type(model)
+    raise SCXNotEncodedError(
+        f"layers {layers} were to be encoded, but {loaded.__module__}."
+        f"{loaded.__qualname__} was loaded, which does not encode them: leave out what "
+        f"chose that class (a plugin, a loader, an override), or unset {ENC_LAYERS}"
+    )

@@ -1,0 +1,112 @@
+"""What is known of rotary position embeddings: the table by which a layer turns.
+
+`obstacles` reads a model's configuration, before anything is built; `table_of` takes
+the table out of what vLLM built (vllm/model_executor/layers/rotary_embedding).
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from scx.errors import SCXUnsupportedError
+
+TABLES = ("default", "dynamic", "linear", "llama3", "longrope", "ntk", "yarn")
+"""Values of rope_type for which vLLM's class is a table of cosines and sines."""
+
+_NOT_A_TABLE = {
+    "mrope_section": "turns by three positions a token",
+    "use_fope": "learns its frequencies",
+}
+"""What in rope_parameters makes another class of a rope_type above."""
+
+
+class Table(NamedTuple):
+    """All that RoPE needs beside heads and positions."""
+
+    cos_sin_cache: torch.Tensor
+    """(rows, R): cosines, then sines, of each position. A view of vLLM's own."""
+    is_neox_style: bool
+
+
+def obstacles(config: Any, max_model_len: int) -> Iterator[str]:
+    """Why the rotary embedding of a text model cannot be encoded, with the way out.
+
+    `config` is the Hugging Face configuration, in which vLLM has brought older spellings
+    to rope_parameters; `max_model_len` is the engine's.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        yield "rope_parameters by layer type are not encoded: use a model with one set"
+    elif kind not in TABLES:
+        yield f"rope_type={kind!r} is not encoded: use a model with {', '.join(TABLES)}"
+    elif found := [name for name in _NOT_A_TABLE if rope.get(name)]:
+        yield (
+            f"{found[0]} in rope_parameters {_NOT_A_TABLE[found[0]]}, which is not "
+            "encoded: use a model without it"
+        )
+    elif max_model_len > (rows := _rows(rope, config, max_model_len)):
+        yield _beyond(max_model_len, rows)
+
+
+def table_of(embeddings: Sequence[nn.Module], max_model_len: int) -> Table:
+    """The table that all of these rotary embeddings share.
+
+    Raises SCXUnsupportedError where they differ, where one is more than a table, and
+    where it has fewer rows than `max_model_len`.
+    """
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+    from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import (
+        Phi3LongRoPEScaledRotaryEmbedding as LongRoPE,
+    )
+
+    rotary = embeddings[0]
+    # Every layer of these models has the same table; vLLM shares the object.
+    if any(embedding is not rotary for embedding in embeddings):
+        raise SCXUnsupportedError(
+            "rotary embeddings that differ by layer are not encoded: use a model with one"
+        )
+    if type(rotary) is LongRoPE:
+        # The short table, then the long one; vLLM chose one for the whole engine.
+        both: Any = rotary.long_short_cos_sin_cache
+        short = rotary.original_max_position_embeddings
+        table = Table(both[short:] if rotary.use_long_rope else both[:short], True)
+    elif (
+        isinstance(rotary, RotaryEmbedding)
+        and type(rotary).forward_native is RotaryEmbedding.forward_native
+    ):
+        table = Table(rotary.cos_sin_cache, rotary.is_neox_style)
+    else:
+        raise SCXUnsupportedError(
+            f"the rotary embedding {type(rotary).__name__} is more than a table of "
+            "cosines and sines, so it is not encoded: use a model with another"
+        )
+    if max_model_len > (rows := len(table.cos_sin_cache)):
+        raise SCXUnsupportedError(_beyond(max_model_len, rows))
+    return table
+
+
+def _rows(rope: Mapping[str, Any], config: Any, max_model_len: int) -> int:
+    """How many positions the table of vLLM's class has; what is missing fails there."""
+    positions = getattr(config, "max_position_embeddings", 8192)
+    original = rope.get("original_max_position_embeddings", positions)
+    factor = rope.get("factor") or 1.0
+    match rope.get("rope_type", "default"):
+        case "linear":
+            return math.ceil(positions * factor)
+        case "yarn":
+            return math.ceil(original * factor)
+        case "longrope" if max_model_len <= original:
+            return original
+        case _:
+            return positions
+
+
+def _beyond(max_model_len: int, rows: int) -> str:
+    return (
+        f"max_model_len={max_model_len} goes beyond the rotary table, which has {rows} "
+        f"positions: set it to {rows} at most"
+    )

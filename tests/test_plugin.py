@@ -1,0 +1,379 @@
+"""Never silently plain and never another model, whatever registers what, and when.
+
+Most cases stop at the configuration: a config.json without weights is enough.
+"""
+
+from importlib.metadata import EntryPoint
+from types import SimpleNamespace
+
+import pytest
+
+import scx
+from scx import engine, plugin
+from scx.errors import SCXConfigError, SCXNotEncodedError, SCXUnsupportedError
+from tests import tiny_models
+from tests.engines import in_new_process
+
+ON = {"SCX_ENC_LAYERS": "0"}
+OTHER_CLASS = "tests.other_models:BiasedLlama"
+GROUP = "vllm.general_plugins"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config.json that names these architectures: its folder."""
+    root = tmp_path_factory.mktemp("configs")
+
+    def folder(*architectures, model_type="llama"):
+        path = root / "-".join((*architectures, model_type))
+        if not path.exists():
+            values = {"architectures": list(architectures)}
+            tiny_models.save_config(path, architectures[0], model_type, **values)
+        return str(path)
+
+    return folder
+
+
+def configured(model, **arguments):
+    """The layers of the record, or the error's type and text."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    try:
+        args = EngineArgs(model=model, skip_tokenizer_init=True, **arguments)
+        vllm_config = args.create_engine_config()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    record = vllm_config.additional_config.get("scx")
+    return record and record["layers"]
+
+
+def assert_refused(outcome, *texts):
+    assert outcome.startswith("SCXUnsupportedError: SCX_ENC_LAYERS='0' asks for"), outcome
+    assert len(outcome.splitlines()) == 1
+    for text in texts:
+        assert text in outcome
+
+
+# What registers after our plugin ran.
+
+
+def register_late(llama, own, alias, gemma):
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import config as models_config
+
+    class Replaced(models_config.VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config):
+            calls.append(vllm_config.model_config.architecture)
+
+    calls = []
+    found = {"before": configured(llama)}
+    ModelRegistry.register_model("BiasedLlama", OTHER_CLASS)
+    found["own name"] = configured(own)
+    found["override"] = configured(
+        alias, model_class_overrides={"TeleChat3ForCausalLM": OTHER_CLASS}
+    )
+    for name in ("GemmaForCausalLM", "LlamaForCausalLM"):
+        models_config.MODELS_CONFIG_MAP[name] = Replaced
+    found["replaced entry"] = configured(gemma)
+    found["replaced entry of an encoded one"] = configured(llama)
+    found["calls"] = list(calls)
+    ModelRegistry.register_model("LlamaForCausalLM", OTHER_CLASS)
+    found["stock name"] = configured(llama)
+    return found
+
+
+def test_what_registers_late_is_seen(config):
+    llama, alias = config("LlamaForCausalLM"), config("TeleChat3ForCausalLM")
+    gemma = config("GemmaForCausalLM", model_type="gemma")
+    found = in_new_process(
+        register_late, llama, config("BiasedLlama"), alias, gemma, env=ON
+    )
+    assert found["before"] == found["replaced entry of an encoded one"] == [0]
+    assert_refused(found["own name"], f"BiasedLlama is run by {OTHER_CLASS} here")
+    assert_refused(found["override"], "TeleChat3ForCausalLM is run by", OTHER_CLASS)
+    assert_refused(found["stock name"], "LlamaForCausalLM is run by", OTHER_CLASS)
+    assert_refused(found["replaced entry"], "GemmaForCausalLM is not encoded")
+    assert found["calls"] == ["GemmaForCausalLM", "LlamaForCausalLM"]
+
+
+# What registered before it.
+
+
+def register_early(llama, mistral):
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    from tests.other_models import BiasedLlama
+
+    ModelRegistry.register_model("MistralForCausalLM", BiasedLlama)
+    load_general_plugins()
+    stands = ModelRegistry.models["MistralForCausalLM"].model_cls is BiasedLlama
+    return stands, configured(mistral), configured(llama)
+
+
+def test_a_class_of_a_hardware_plugin_stays_and_is_refused(config):
+    mistral = config("MistralForCausalLM", model_type="mistral")
+    stands, refused, encoded = in_new_process(
+        register_early, config("LlamaForCausalLM"), mistral, env=ON
+    )
+    assert stands
+    assert_refused(refused, "MistralForCausalLM is run by", OTHER_CLASS)
+    assert encoded == [0]
+
+
+# Several architectures, ours among them, and configurations that are used again.
+
+
+def configure_again(paths, gemma):
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    found = {name: configured(path) for name, path in paths.items()}
+
+    def again(path):
+        args = EngineArgs(model=path, skip_tokenizer_init=True)
+        model_config, outcomes = args.create_model_config(), []
+        for _ in range(2):
+            try:
+                record = VllmConfig(model_config=model_config).additional_config["scx"]
+                outcomes.append((record["layers"], model_config.hf_config.architectures))
+            except Exception as error:
+                outcomes.append(f"{type(error).__name__}: {error}")
+        return outcomes
+
+    return found, again(gemma), again(paths["stock"])
+
+
+def test_each_configuration_is_seen_also_one_that_is_used_again(config):
+    paths = {
+        "stock": config("LlamaForCausalLM"),
+        "ours": config("LlamaSCXForCausalLM"),
+        "second": config("NotRegistered", "LlamaForCausalLM"),
+        "first": config("LlamaForCausalLM", "GemmaForCausalLM"),
+        "not the first": config("GemmaForCausalLM", "LlamaForCausalLM"),
+    }
+    gemma = config("GemmaForCausalLM", model_type="gemma")
+    found, refused, encoded = in_new_process(configure_again, paths, gemma, env=ON)
+    assert_refused(found.pop("not the first"), "GemmaForCausalLM is not encoded")
+    assert list(found.values()) == [[0]] * 4
+    for outcome in refused:
+        assert_refused(outcome, "GemmaForCausalLM is not encoded")
+    assert encoded == [([0], ["LlamaSCXForCausalLM"])] * 2
+
+
+# Plugins that do not load at the first attempt.
+
+
+def raises():
+    raise RuntimeError("another plugin")
+
+
+def try_again_after_another_plugin(llama, gemma):
+    import importlib.metadata
+
+    found = importlib.metadata.entry_points(group=GROUP)
+    another = EntryPoint("another", "tests.test_plugin:raises", GROUP)
+    importlib.metadata.entry_points = lambda **_: [another, *found]
+    return [configured(model) for model in (llama, gemma, llama)]
+
+
+def test_another_plugin_that_raises_does_not_leave_ours_out(config):
+    gemma = config("GemmaForCausalLM", model_type="gemma")
+    first, refused, encoded = in_new_process(
+        try_again_after_another_plugin, config("LlamaForCausalLM"), gemma, env=ON
+    )
+    assert first == "RuntimeError: another plugin"
+    assert_refused(refused, "GemmaForCausalLM is not encoded")
+    assert encoded == [0]
+
+
+def try_again_after_ours(llama, gemma):
+    import os
+
+    from vllm import ModelRegistry
+
+    found = [configured(llama)]
+    os.environ["SCX_ENC_LAYERS"] = "0"
+    register_model, registered = ModelRegistry.register_model, []
+
+    def fail_once(name, path):
+        registered.append(name)
+        if len(registered) == 3:
+            raise RuntimeError("half way")
+        register_model(name, path)
+
+    type(ModelRegistry).register_model = lambda _, name, path: fail_once(name, path)
+    return found + [configured(model) for model in (llama, gemma, llama)]
+
+
+def test_our_own_plugin_that_raised_half_way_is_called_again(config):
+    gemma = config("GemmaForCausalLM", model_type="gemma")
+    malformed, half_way, refused, encoded = in_new_process(
+        try_again_after_ours,
+        config("LlamaForCausalLM"),
+        gemma,
+        env={"SCX_ENC_LAYERS": "x"},
+    )
+    assert malformed.startswith("SCXConfigError: SCX_ENC_LAYERS='x'")
+    assert half_way == "RuntimeError: half way"
+    assert_refused(refused, "GemmaForCausalLM is not encoded")
+    assert encoded == [0]
+
+
+def look_up_without_a_seam(owner, name):
+    from vllm.plugins import load_general_plugins
+
+    delattr(getattr(__import__(owner, fromlist=["_"]), name[0]), name[1])
+    try:
+        load_general_plugins()
+    except SCXUnsupportedError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("vllm.config", ("VllmConfig", "try_verify_and_update_config")),
+        (
+            "vllm.v1.worker.worker_base",
+            ("WorkerWrapperBase", "initialize_from_config"),
+        ),
+    ],
+)
+def test_a_vllm_without_what_we_stand_at_is_refused_by_name(owner, name):
+    message = in_new_process(look_up_without_a_seam, owner, name)
+    assert message.startswith(f"this vLLM has no {'.'.join(name)}, without which")
+
+
+def test_a_lookup_never_raises_and_the_call_does(monkeypatch):
+    def fail():
+        raise ImportError("no such library")
+
+    monkeypatch.setattr(plugin, "join", fail)
+    found = scx.init_vllm_plugin
+    with pytest.raises(ImportError, match="no such library"):
+        found()
+    with pytest.raises(AttributeError, match="'scx' has no attribute 'other'"):
+        scx.other  # noqa: B018
+
+
+# The backstop: what was loaded, however it was chosen.
+
+
+def require(record, model, layers, monkeypatch):
+    monkeypatch.setenv("SCX_ENC_LAYERS", layers)
+    vllm_config = SimpleNamespace(additional_config={"scx": record} if record else {})
+    plugin.require_encoded(vllm_config, SimpleNamespace(get_model=lambda: model))
+
+
+def loaded(encoded, layers=4):
+    """A model of our class, of which the first `encoded` layers are encoded."""
+    from torch import nn
+
+    from scx.attention import SCXAttention
+    from scx.models.llama_scx import LlamaSCXForCausalLM
+
+    def layer(i):
+        attention = SCXAttention() if i < encoded else nn.Module()
+        return SimpleNamespace(self_attn=attention)
+
+    model = LlamaSCXForCausalLM.__new__(LlamaSCXForCausalLM)
+    nn.Module.__init__(model)
+    # The second of two pipeline stages does not have the others.
+    model.model = SimpleNamespace(
+        start_layer=0,
+        end_layer=layers,
+        layers=[layer(i) if i < layers else object() for i in range(8)],
+    )
+    return model
+
+
+RECORD = {"layers": [0, 1, 6]}
+
+
+@pytest.mark.parametrize(
+    ("layers", "record", "model"),
+    [
+        ("0", None, object()),
+        ("all", RECORD, object()),
+        ("", RECORD, object()),
+        ("0", None, 4),
+        ("0,1,6", RECORD, 1),
+    ],
+    ids=["variables", "both", "record", "no record", "one layer plain"],
+)
+def test_a_worker_with_another_model_does_not_serve(layers, record, model, monkeypatch):
+    if isinstance(model, int):
+        model = loaded(model)
+    with pytest.raises(SCXNotEncodedError) as error:
+        require(record, model, layers, monkeypatch)
+    assert len(str(error.value).splitlines()) == 1
+    assert f".{type(model).__qualname__} was loaded, which" in str(error.value)
+
+
+def test_a_worker_with_our_model_serves(monkeypatch):
+    require(RECORD, loaded(2), "0,1,6", monkeypatch)
+
+
+def test_with_encoding_off_no_model_is_looked_at(monkeypatch):
+    monkeypatch.setenv("SCX_ENC_LAYERS", "")
+    vllm_config = SimpleNamespace(additional_config={})
+    plugin.require_encoded(vllm_config, worker=None)
+
+
+def serve_unseen(model, **arguments):
+    """An engine whose configuration we did not see, as where another plugin undid it."""
+    from vllm.config import VllmConfig
+    from vllm.plugins import load_general_plugins
+
+    from tests.engines import engine as start
+
+    load_general_plugins()
+    ours = VllmConfig.try_verify_and_update_config
+    VllmConfig.try_verify_and_update_config = ours.__wrapped__
+    try:
+        start(model, skip_tokenizer_init=True, load_format="dummy", **arguments)
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def test_a_real_engine_with_a_plain_model_does_not_serve(config):
+    kind, message = in_new_process(serve_unseen, config("LlamaForCausalLM"), env=ON)
+    assert kind == "SCXNotEncodedError"
+    assert "layers (0,) were to be encoded" in message
+    assert "vllm.model_executor.models.llama.LlamaForCausalLM was loaded" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runner", ["generate", "pooling"])
+def test_nor_does_one_in_processes_of_its_own(runner, config):
+    env = ON | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    kind, message = in_new_process(
+        serve_unseen,
+        config("LlamaForCausalLM"),
+        runner=runner,
+        tensor_parallel_size=2,
+        env=env,
+    )
+    assert kind == "RuntimeError"
+    assert "Engine core initialization failed" in message
+
+
+def test_our_classes_are_those_of_the_table():
+    """Each is a subclass of the stock class in whose place it runs, and of no other."""
+    import importlib
+
+    for stock, ours in engine.ENCODED_CLASSES.items():
+        stock_class, our_class = (
+            getattr(importlib.import_module(module), name)
+            for module, name in (path.split(":") for path in (stock, ours))
+        )
+        assert our_class.__bases__[1] is stock_class
+
+
+def test_a_changed_setting_is_still_refused(monkeypatch):
+    monkeypatch.setattr(engine, "register", lambda: None)
+    monkeypatch.setenv("SCX_ENC_LAYERS", "3")
+    with pytest.raises(SCXConfigError, match="SCX_ENC_LAYERS='3'"):
+        engine.configure(SimpleNamespace(model_config=None))

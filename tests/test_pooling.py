@@ -1,0 +1,81 @@
+"""Classifiers and embedders that vLLM makes of generating models, under either name."""
+
+import torch
+
+from tests import tiny_models
+from tests.engines import engine, in_new_process, shut_down
+from tests.tiny_models import PROMPTS
+
+YES, NO = "yes", "no"
+
+
+def pool_each(runs):
+    """Of each run, engine arguments: what it pools of each prompt, and its layers that
+    are encoded."""
+    found = []
+    for run in runs:
+        run = {"runner": "pooling", "skip_tokenizer_init": True} | run
+        llm = engine(**run)
+        task = llm.embed if run.get("convert") == "embed" else llm.classify
+        outputs = task([{"prompt_token_ids": p} for p in PROMPTS], use_tqdm=False)
+        pooled = [
+            getattr(output.outputs, "embedding", None) or output.outputs.probs
+            for output in outputs
+        ]
+        layers = llm.apply_model(lambda model: len(getattr(model, "encoded", [])))
+        found.append((pooled, layers[0]))
+        shut_down(llm)
+    return found
+
+
+def save_words(folder):
+    """A tokenizer, for which vLLM asks where there are token ids too; it has the two
+    words by which Qwen3-Reranker answers."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({NO: 0, YES: 1}, NO))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+
+
+def runs_of(root):
+    """Engine arguments by name."""
+    made = {}
+    for kind in ("Llama", "Qwen2", "Qwen3"):
+        name = f"{kind}ForSequenceClassification"
+        model = tiny_models.save(root / name, name, num_labels=2, pad_token_id=0)
+        made[name] = {"model": model}
+    made["by the causal name"] = made["Qwen2ForSequenceClassification"] | {
+        "convert": "classify",
+        "hf_overrides": {"architectures": ["Qwen2ForCausalLM"]},
+    }
+    base = tiny_models.save(root / "base", "LlamaModel")
+    made["LlamaModel"] = {"model": base, "convert": "embed"}
+    # As vLLM's documentation loads the original weights.
+    reranker = tiny_models.save(root / "reranker", "Qwen3ForCausalLM")
+    made["Qwen3-Reranker"] = {
+        "model": reranker,
+        "hf_overrides": {
+            "architectures": ["Qwen3ForSequenceClassification"],
+            "classifier_from_token": [NO, YES],
+            "is_original_qwen3_reranker": True,
+        },
+    }
+    for model, name in ((base, "LlamaModel"), (reranker, "Qwen3-Reranker")):
+        made[name]["skip_tokenizer_init"] = False
+        save_words(model)
+    return made
+
+
+def test_results_are_native_with_every_layer_encoded(tmp_path):
+    runs = runs_of(tmp_path)
+    native, encoded = (
+        in_new_process(pool_each, list(runs.values()), env={"SCX_ENC_LAYERS": layers})
+        for layers in ("", "all")
+    )
+    for name, (theirs, none), (ours, layers) in zip(runs, native, encoded, strict=True):
+        assert (none, layers) == (0, tiny_models.SHAPE["num_hidden_layers"]), name
+        expected, result = torch.tensor(theirs), torch.tensor(ours)
+        assert expected.std() > 1e-3, name
+        # Sums in float32 in another order.
+        assert torch.allclose(result, expected, atol=1e-5, rtol=1e-4), name

@@ -1,0 +1,160 @@
+"""The rotary table that is used is the one by which vLLM's own class turns."""
+
+import pytest
+import torch
+from torch import nn
+
+from scx import codec, rotary
+from scx.errors import SCXUnsupportedError
+from tests import tiny_models
+from tests.engines import generate_each, in_new_process
+
+HEAD_DIM = 32
+FACTORS = {
+    "short_factor": [1 + i / 100 for i in range(16)],
+    "long_factor": [1.0 + i for i in range(16)],
+}
+ROPES = tiny_models.ROPE_VARIANTS | {
+    "dynamic with alpha": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 4.0},
+    "ntk": {"rope_type": "ntk", "rope_theta": 1e4, "factor": 2.0},
+    "partial": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    "longrope": FACTORS
+    | {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 256,
+    },
+    "longrope, partial": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 256,
+        "partial_rotary_factor": 0.75,
+        **{name: factors[:12] for name, factors in FACTORS.items()},
+    },
+}
+OTHER = {
+    "three positions": {"rope_type": "default", "mrope_section": [4, 6, 6]},
+    "deepseek": {
+        "rope_type": "deepseek_yarn",
+        "factor": 2.0,
+        "original_max_position_embeddings": 512,
+    },
+}
+POSITIONS = 1024
+
+
+class Config:
+    max_position_embeddings = POSITIONS
+
+    def __init__(self, rope):
+        self.rope_parameters = rope
+
+
+def build(rope, dtype=torch.float32, max_model_len=256):
+    """What vLLM builds of rope_parameters, in an engine of that length."""
+    from unittest import mock
+
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+    from vllm.model_executor.layers.rotary_embedding import (
+        phi3_long_rope_scaled_rope as longrope,
+    )
+
+    length = mock.Mock(**{"return_value.model_config.max_model_len": max_model_len})
+    with (
+        set_current_vllm_config(VllmConfig()),
+        mock.patch.object(longrope, "get_current_vllm_config", length),
+        mock.patch("vllm.model_executor.layers.rotary_embedding._ROPE_DICT", {}),
+    ):
+        return get_rope(HEAD_DIM, POSITIONS, True, dict(rope), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("max_model_len", [256, 1024])
+@pytest.mark.parametrize("name", ROPES)
+def test_the_table_turns_as_vllm_does(name, max_model_len, dtype):
+    vllms = build(ROPES[name], dtype, max_model_len)
+    table = rotary.table_of([vllms, vllms], max_model_len)
+    assert table.cos_sin_cache.dtype == dtype
+    positions = torch.tensor([0, 1, 7, max_model_len - 1])
+    heads = torch.randn(4, 3 * HEAD_DIM, generator=torch.manual_seed(0)).to(dtype)
+    turned = codec.apply_rotary(heads, positions, *table[:1], HEAD_DIM, table[1])
+    turn = getattr(vllms, "forward_native", vllms.forward)
+    expected, _ = turn(positions, heads.clone(), heads.clone())
+    # Where vLLM rounds each product and sum, we round once.
+    close = torch.finfo(dtype).eps * 8
+    assert torch.allclose(turned, expected, atol=close, rtol=close)
+
+
+@pytest.mark.parametrize("max_model_len", [256, 1024])
+@pytest.mark.parametrize("name", ROPES)
+def test_the_configuration_says_how_many_rows_the_table_has(name, max_model_len):
+    table = rotary.table_of([build(ROPES[name], max_model_len=max_model_len)], 1)
+    rows, config = len(table.cos_sin_cache), Config(ROPES[name])
+    # More than the longrope's original is the long table, whose length counts then.
+    longer = POSITIONS if "longrope" in name else rows
+    assert list(rotary.obstacles(config, min(rows, max_model_len))) == []
+    assert list(rotary.obstacles(config, longer)) == []
+    (beyond,) = rotary.obstacles(config, longer + 1)
+    assert beyond.startswith(f"max_model_len={longer + 1} goes beyond")
+    assert beyond.endswith(f"has {longer} positions: set it to {longer} at most")
+
+
+def test_positions_beyond_the_table_are_refused_in_the_worker_too():
+    vllms = build(ROPES["default"])
+    assert len(rotary.table_of([vllms], POSITIONS).cos_sin_cache) == POSITIONS
+    with pytest.raises(SCXUnsupportedError, match="max_model_len=1025 goes beyond"):
+        rotary.table_of([vllms], POSITIONS + 1)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_is_no_table_is_refused_before_it_is_built_and_after(name):
+    assert len(list(rotary.obstacles(Config(OTHER[name]), 256))) == 1
+    with pytest.raises(SCXUnsupportedError, match="is more than a table of"):
+        rotary.table_of([build(OTHER[name])], 256)
+
+
+def test_another_class_and_tables_that_differ_by_layer_are_refused():
+    with pytest.raises(SCXUnsupportedError, match="Identity is more than a table"):
+        rotary.table_of([nn.Identity()], 256)
+    with pytest.raises(SCXUnsupportedError, match="differ by layer"):
+        rotary.table_of([build(ROPES["default"]), build(ROPES["linear"])], 256)
+
+
+@pytest.mark.parametrize(
+    ("rope", "text"),
+    [
+        ({"rope_type": "mllama4"}, "rope_type='mllama4' is not encoded: use a model"),
+        ({"rope_type": "default", "use_fope": True}, "use_fope in rope_parameters"),
+        ({"full_attention": {"rope_type": "default"}}, "by layer type"),
+    ],
+)
+def test_what_cannot_be_encoded_is_named(rope, text):
+    (obstacle,) = rotary.obstacles(Config(rope), 256)
+    assert text in obstacle
+    assert len(obstacle.splitlines()) == 1
+
+
+def test_longrope_gives_native_tokens(tmp_path):
+    """As in Phi-3-mini-128k and Phi-4-mini, within the original length and beyond it."""
+    runs = [
+        {
+            "model": tiny_models.save(
+                tmp_path / name,
+                "Phi3ForCausalLM",
+                pad_token_id=0,
+                original_max_position_embeddings=512,
+                rope_parameters=ROPES[name] | {"original_max_position_embeddings": 512},
+            ),
+            "max_model_len": length,
+            "skip_tokenizer_init": True,
+        }
+        for name, length in (("longrope", 512), ("longrope, partial", 1024))
+    ]
+    native, encoded = (
+        in_new_process(
+            generate_each, runs, tiny_models.PROMPTS, env={"SCX_ENC_LAYERS": layers}
+        )
+        for layers in ("", "0,3")
+    )
+    assert encoded == native
