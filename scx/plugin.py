@@ -68,6 +68,6 @@ def require_encoded(vllm_config: Any, worker: Any) -> None:
     layers, loaded = record["layers"] if record else config.enc_layers, type(model)
     raise SCXNotEncodedError(
         f"layers {layers} were to be encoded, but {loaded.__module__}."
-        f"{loaded.__qualname__} was loaded, which does not encode them: leave out what "
+        f"{loaded.__name__} was loaded, which does not encode them: leave out what "
         f"chose that class (a plugin, a loader, an override), or unset {ENC_LAYERS}"
     )
