@@ -15,6 +15,7 @@ PACKAGE = Path(scx.__file__).parent
 # What each room may import. Everything points down.
 ALLOWED = {
     "errors": set(),
+    "cores": set(),
     "keys": {"errors"},
     "codec": {"keys"},
     "codecs": {"codec", "codecs", "errors", "keys"},
