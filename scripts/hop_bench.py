@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from scx.codecs.permutation import PermutationCodec
-from scx.host_device import HostDevice, HostSecureLayer, default_workers
+from scx.cores import usable_cores, workers_for
+from scx.host_device import HostDevice, HostSecureLayer
 from scx.keys import RootKey
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 1536, 12, 2, 128
@@ -92,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out
-    workers = default_workers(1)
+    workers = workers_for(usable_cores(), ranks=1)
     host = HostDevice(
         [PermutationCodec.derive(RootKey.draw(), 0, range(KV_HEADS), HEAD_DIM)],
         torch.randn(40_000, HEAD_DIM),
