@@ -49,7 +49,14 @@ def test_the_scripts_are_the_promised_ones():
 
 
 @pytest.mark.parametrize(
-    "path", [*SCRIPTS, ROOT / "scripts" / "setup.sh", ROOT / ".ci" / "run"], ids=str
+    "path",
+    [
+        *SCRIPTS,
+        ROOT / "benchmark_throughput" / "run_70b.sh",
+        ROOT / "scripts" / "setup.sh",
+        ROOT / ".ci" / "run",
+    ],
+    ids=str,
 )
 def test_shellcheck_finds_nothing(path):
     shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent)
@@ -65,9 +72,7 @@ def variables(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("ARMS", "LIMIT", "TP", "DTYPE", "SEED", "MODEL_ARGS", "SCX_ENC_LAYERS"):
         monkeypatch.delenv(name, raising=False)
-    term = signal.getsignal(signal.SIGTERM)
-    yield monkeypatch
-    signal.signal(signal.SIGTERM, term)
+    return monkeypatch
 
 
 @pytest.mark.parametrize(
@@ -178,13 +183,22 @@ def test_an_arm_that_fails_leaves_nothing(function, error, said, evaluate, tmp_p
     assert list(folder.iterdir()) == [folder / "earlier"]
 
 
+@pytest.fixture
+def ignored_interrupts():
+    """As a script's commands have them that it starts with `&`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("ignored_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_arm_leaves_nothing(number, evaluate, variables, tmp_path, capsys):
     evaluate(acc_logs.start_another_and_wait)
     pids = tmp_path / "pids"
     killer = "while [ ! -e $0 ]; do sleep 0.1; done; kill -$1 $2"
     with subprocess.Popen(  # noqa: S603
-        ["bash", "-c", killer, pids, str(int(number)), str(os.getpid())]  # noqa: S607
+        ["timeout", "60", "bash", "-c", killer, pids, str(int(number)), str(os.getpid())]  # noqa: S607
     ):
         status = run_eval.exit_status(lambda: run_arm(PLAN, "", tmp_path / "plain"))
     assert status == 130
