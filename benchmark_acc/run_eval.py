@@ -81,11 +81,12 @@ def encoded_layers(model: str) -> str:
 
     Raises UsageError or SCXError.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"MODEL_PATH={model!r}: no model's folder, and none from the hub ({reason}); "

@@ -40,6 +40,7 @@ from benchmark_throughput.records import (
     Workload,
     parse_arm,
 )
+from scx.errors import SCXError
 
 if TYPE_CHECKING:
     # It imports torch.
@@ -212,7 +213,7 @@ def main(description: str, embedded: "Architecture", ranks: int = 1) -> int:
         arm = arm_of(options)
         with interruptible():
             record = in_own_session(run, make_plan(options, arm, embedded), arm)
-    except UsageError as error:
+    except (UsageError, SCXError) as error:
         cli.error(str(error))
     except ArmFailed as error:
         print(f"the run failed: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ from benchmark_acc.logs import FILE, LogError, Setting, read_arm
 from benchmark_acc.tasks import passages
 from scx import embedded
 from scx.embedded import embedded_model
-from tests import acc_logs
+from tests import acc_logs, tiny_models
 from tests.engines import in_new_process
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +98,17 @@ def test_a_bad_variable_is_one_line(name, value, said, variables, capsys, tmp_pa
     assert said in error
     assert error.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_a_model_without_a_number_of_layers_is_one_line(variables, capsys, tmp_path):
+    folder = tiny_models.save_config(
+        tmp_path / "m", "LlamaForCausalLM", "llama", num_hidden_layers=None
+    )
+    variables.setenv("MODEL_PATH", str(folder))
+    assert run_eval.main(["pydoc", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"MODEL_PATH='{folder}': no model's folder, and none from the hub" in error
+    assert error.count("\n") == 1
 
 
 def test_paths_that_cannot_be_are_one_line(variables, capsys, tmp_path):
