@@ -10,6 +10,9 @@ import pytest
 
 from tests import tiny_models
 
+# Told to end, as by `timeout` or a CI runner, a run of tests ends its processes too.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+
 SECONDS = 480
 SLOW_SECONDS = 1800
 """The most that a test, or what it and others share, may take before it fails."""

@@ -440,13 +440,16 @@ def test_no_process_outlives_the_command(number, tiny_llama, tmp_path):
     )
     watch = threading.Timer(SECONDS, run.kill)
     watch.start()
-    for line in run.stderr:
-        if line.startswith("arm native: built"):
-            break
-    children = psutil.Process(run.pid).children(recursive=True)
-    assert len(children) > 2
-    # The other engine is being built.
-    run.send_signal(number)
-    assert run.wait() == (130 if number == signal.SIGINT else -number)
-    watch.cancel()
+    try:
+        for line in run.stderr:
+            if line.startswith("arm native: built"):
+                break
+        children = psutil.Process(run.pid).children(recursive=True)
+        assert len(children) > 2
+        # The other engine is being built.
+        run.send_signal(number)
+        assert run.wait() == (130 if number == signal.SIGINT else -number)
+    finally:
+        watch.cancel()
+        run.kill()
     assert gone([each.pid for each in children])
