@@ -40,6 +40,7 @@ sys.exit(single.main("", "qwen2"))
 """,
     "serve": """
 serve.vllm = lambda *_: [sys.executable, "-c", test_processes.SERVER]
+serve.RESULTS = test_processes.Path(sys.argv[-1])
 sys.exit(serve.main())
 """,
 }
