@@ -93,8 +93,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.model is None:
         from scx.embedded import embedded_model
+        from scx.errors import SCXError
 
-        options.model = str(embedded_model("qwen2"))
+        try:
+            options.model = str(embedded_model("qwen2"))
+        except SCXError as error:
+            parser.error(str(error))
         # In float32 the two arms differ by rounding only and give the same tokens.
         if options.dtype == "auto":
             options.dtype = "float32"

@@ -4,29 +4,19 @@ vLLM reads plugins once a process, so each arm gets a fresh one. It also leads a
 session, so that all that it starts can be ended with it.
 """
 
-import contextlib
-import multiprocessing
 import os
 import shutil
-import signal
-import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from benchmark_acc.logs import Arm, Setting, read_lm_eval, write_arm
+from benchmark_throughput.processes import ArmFailed as ArmFailed
+from benchmark_throughput.processes import in_own_session
 from benchmark_throughput.records import UsageError
-from scx.errors import SCXError
 
 TASKS = Path(__file__).resolve().parent / "tasks"
-PATIENCE = 30
-"""Seconds that the processes of an arm have to end when they are told to."""
-
-
-class ArmFailed(Exception):
-    """An arm did not finish; the text is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -68,55 +58,6 @@ def run_arm(plan: Plan, layers: str, folder: Path) -> None:
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def in_own_session(function: Any, *arguments: Any) -> None:
-    """Call in a fresh interpreter, of which nothing is left when this returns.
-
-    Raises UsageError as the function does, and ArmFailed for any other error.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_call, args=(sender, function, arguments))
-    process.start()
-    sender.close()
-    try:
-        error = receiver.recv()
-    except EOFError:
-        process.join()
-        error = ArmFailed(f"its process ended with status {process.exitcode}")
-    finally:
-        _end(process)
-    if error is not None:
-        raise error
-
-
-def _call(report: Connection, function: Any, arguments: tuple[Any, ...]) -> None:
-    os.setsid()
-    try:
-        function(*arguments)
-        report.send(None)
-    except (UsageError, SCXError) as error:
-        report.send(UsageError(str(error)))
-    # Whatever it is: this process shows where, and the one that asked says what.
-    except Exception as error:
-        line = (str(error).strip().splitlines() or [""])[-1]
-        report.send(ArmFailed(f"{type(error).__name__}: {line}"))
-        raise
-
-
-def _end(process: Any) -> None:
-    """End a process and all of the session that it leads."""
-    deadline = time.monotonic() + PATIENCE
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        while time.monotonic() < deadline:
-            process.join(0.1)
-            os.killpg(process.pid, 0)
-        os.killpg(process.pid, signal.SIGKILL)
-    # It may have been too young to lead one.
-    process.kill()
-    process.join()
 
 
 def evaluate(plan: Plan, layers: str, folder: Path) -> None:

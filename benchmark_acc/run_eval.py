@@ -21,7 +21,6 @@ These variables are read:
 
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -35,6 +34,7 @@ if __name__ == "__main__":
 from benchmark_acc.evaluation import ArmFailed, Plan, UsageError, run_arm
 from benchmark_acc.logs import LogError, Setting
 from benchmark_throughput import harness
+from benchmark_throughput.processes import interruptible
 from scx.errors import SCXError
 from scx.keys import CODECS, ENC_LAYERS, get_scx_config
 
@@ -81,11 +81,12 @@ def encoded_layers(model: str) -> str:
 
     Raises UsageError or SCXError.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"MODEL_PATH={model!r}: no model's folder, and none from the hub ({reason}); "
@@ -142,11 +143,10 @@ def say(text: str) -> None:
 
 def exit_status(run: Callable[[], None]) -> int:
     """That of a command; whatever ends it is one line."""
-    # Told to end or interrupted, a run leaves the same: the arms that are finished.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
-        run()
+        with interruptible():
+            run()
     except (UsageError, SCXError, OSError) as error:
         say(str(error))
         return 2

@@ -35,6 +35,7 @@ from benchmark_throughput.options import (
     positive,
     read_num_hidden_layers,
 )
+from benchmark_throughput.processes import interruptible
 from benchmark_throughput.records import (
     NATIVE,
     WORKLOADS,
@@ -249,7 +250,8 @@ def main() -> int:
         if options.plot and importlib.util.find_spec("matplotlib") is None:
             raise UsageError("--plot needs matplotlib: pip install matplotlib")
         if options.model:
-            return benchmark(options)
+            with interruptible():
+                return benchmark(options)
         report(options.report, options.markdown, options.plot, options.curve)
     except UsageError as error:
         cli.error(str(error))

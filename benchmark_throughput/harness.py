@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmark_throughput.processes import ArmFailed, end_with_parent
 from benchmark_throughput.records import Arm, Record, Setting, UsageError, Workload
 
 POLL_SECONDS = 1.0
@@ -59,15 +60,11 @@ class Run:
     """Between accelerator and secure device; None where no layer is encoded."""
 
 
-class ArmFailed(Exception):
-    """An arm can do no more and was closed; the text is one line that says why."""
-
-
 class ResidentArm:
     """An engine that was built once, in processes of its own, and waits for work.
 
     They are a process group, so that none of them outlives `close`. A Ctrl-C
-    does not reach them, and they end by themselves when this process is gone.
+    does not reach them, and they are killed when this process is gone.
     """
 
     def __init__(self, arm: Arm, plan: Plan) -> None:
@@ -100,11 +97,13 @@ class ResidentArm:
         if self._pipe.closed:
             return
         self.terminate()
-        self._process.join(CLOSE_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.join()
-        self._pipe.close()
+        try:
+            self._process.join(CLOSE_SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.join()
+            self._pipe.close()
 
     def _answer(self) -> Any:
         answer = self._receive()
@@ -130,6 +129,7 @@ class ResidentArm:
 def serve(pipe: Connection, arm: Arm, plan: Plan) -> None:
     """Build an engine, then answer each (workload, number) with a Run."""
     os.setpgrp()
+    end_with_parent()
     signal.signal(signal.SIGTERM, exit_once)
     try:
         with built_engine(arm, plan) as (llm, build_seconds):
@@ -323,6 +323,7 @@ def survey(arms: list[Arm]) -> dict[str, Any]:
     here. For a process of its own: variables are set and CUDA is started.
     """
     from scx import __version__
+    from scx.cores import usable_cores
     from scx.errors import SCXConfigError
     from scx.keys import scx_env_init
 
@@ -343,7 +344,7 @@ def survey(arms: list[Arm]) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "accelerator": torch.cuda.get_device_name() if cuda else cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "commit": commit,
         "dirty": dirty,
     }

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import reprlib
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,11 +76,18 @@ def engine_args(options: argparse.Namespace) -> dict[str, Any]:
 def read_num_hidden_layers(model: Path) -> int:
     """From a model's config.json. Raises UsageError."""
     try:
-        return json.loads((model / "config.json").read_text())["num_hidden_layers"]
-    except (OSError, ValueError, KeyError) as error:
+        config = json.loads((model / "config.json").read_text())
+        layers = (config.get("text_config") or config)["num_hidden_layers"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UsageError(
             f"--model {model}: no folder with a config.json that has num_hidden_layers"
         ) from error
+    if type(layers) is not int or layers < 1:
+        raise UsageError(
+            f"--model {model}: num_hidden_layers={reprlib.repr(layers)} in config.json: "
+            "a whole number from 1 is allowed"
+        )
+    return layers
 
 
 def make_setting(

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from benchmark_throughput.compare import RESULTS, say
 from benchmark_throughput.comparison import as_markdown
 from benchmark_throughput.harness import in_new_process, survey
 from benchmark_throughput.options import Parser, distinct, natural, positive
+from benchmark_throughput.processes import interruptible
 from benchmark_throughput.records import NATIVE, Arm, UsageError, parse_arm
 
 START_SECONDS = 900
@@ -86,7 +88,11 @@ def server(arm: Arm, model: Path, arguments: list[str], log: Path) -> Iterator[s
     }
     with log.open("w") as file:
         process = subprocess.Popen(  # noqa: S603
-            command, stdout=file, stderr=file, env=os.environ | variables
+            command,
+            stdout=file,
+            stderr=file,
+            env=os.environ | variables,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -98,9 +104,12 @@ def server(arm: Arm, model: Path, arguments: list[str], log: Path) -> Iterator[s
     finally:
         process.terminate()
         try:
-            process.wait(CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(CLOSE_SECONDS)
+        finally:
+            # Its engine's processes too.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
@@ -171,29 +180,39 @@ def table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     ]
 
 
+def benchmark(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What vLLM's benchmark saved of each arm, by the arm's name. Raises UsageError."""
+    arms = distinct("arm", [NATIVE, *map(parse_arm, options.arm)])
+    if not (options.model / "config.json").is_file():
+        raise UsageError(f"--model {options.model}: no folder with a config.json")
+    started = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+    out = options.out or RESULTS / f"{options.model.resolve().name}-serve-{started}"
+    out.mkdir(parents=True, exist_ok=True)
+    described = in_new_process(survey, arms) | {"command": sys.argv[1:]}
+    (out / "setting.json").write_text(json.dumps(described, indent=2) + "\n")
+    results = {}
+    arguments = [f"--seed={options.seed}", "--no-enable-prefix-caching"]
+    arguments += options.server
+    for arm in arms:
+        log = out / f"{arm.name}.server.log"
+        with server(arm, options.model, arguments, log) as address:
+            say(f"arm {arm.name}: serving at {address}")
+            bench(arm, address, options, out)
+        results[arm.name] = json.loads((out / f"{arm.name}.json").read_text())
+    return results
+
+
 def main() -> int:
     cli = parser()
     options = cli.parse_args()
     try:
-        arms = distinct("arm", [NATIVE, *map(parse_arm, options.arm)])
-        if not (options.model / "config.json").is_file():
-            raise UsageError(f"--model {options.model}: no folder with a config.json")
-        started = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
-        out = options.out or RESULTS / f"{options.model.resolve().name}-serve-{started}"
-        out.mkdir(parents=True, exist_ok=True)
-        described = in_new_process(survey, arms) | {"command": sys.argv[1:]}
-        (out / "setting.json").write_text(json.dumps(described, indent=2) + "\n")
-        results = {}
-        arguments = [f"--seed={options.seed}", "--no-enable-prefix-caching"]
-        arguments += options.server
-        for arm in arms:
-            log = out / f"{arm.name}.server.log"
-            with server(arm, options.model, arguments, log) as address:
-                say(f"arm {arm.name}: serving at {address}")
-                bench(arm, address, options, out)
-            results[arm.name] = json.loads((out / f"{arm.name}.json").read_text())
+        with interruptible():
+            results = benchmark(options)
     except UsageError as error:
         cli.error(str(error))
+    except KeyboardInterrupt:
+        say("interrupted; the files of finished arms are kept")
+        return 130
     print(as_markdown(table(results)))
     return 0
 

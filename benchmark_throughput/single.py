@@ -30,6 +30,7 @@ from benchmark_throughput.options import (
     positive,
     read_num_hidden_layers,
 )
+from benchmark_throughput.processes import ArmFailed, in_own_session, interruptible
 from benchmark_throughput.records import (
     CODEC,
     NATIVE,
@@ -39,6 +40,7 @@ from benchmark_throughput.records import (
     Workload,
     parse_arm,
 )
+from scx.errors import SCXError
 
 if TYPE_CHECKING:
     # It imports torch.
@@ -209,9 +211,13 @@ def main(description: str, embedded: "Architecture", ranks: int = 1) -> int:
     options = cli.parse_args()
     try:
         arm = arm_of(options)
-        record = run(make_plan(options, arm, embedded), arm)
-    except UsageError as error:
+        with interruptible():
+            record = in_own_session(run, make_plan(options, arm, embedded), arm)
+    except (UsageError, SCXError) as error:
         cli.error(str(error))
+    except ArmFailed as error:
+        print(f"the run failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: no record", file=sys.stderr)
         return 130

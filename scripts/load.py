@@ -29,6 +29,7 @@ import openai
 import psutil
 
 from benchmark_throughput.harness import in_new_process, survey
+from benchmark_throughput.processes import interruptible
 from benchmark_throughput.records import NATIVE, Arm, parse_arm
 from benchmark_throughput.serve import server
 from tests.engines import EXACT_FLOAT32
@@ -218,20 +219,8 @@ def differing(native: list[Answer], encoded: list[Answer]) -> Iterator[int]:
             yield index
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.load",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--requests", type=int, default=1000, help="(default: 1000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--compiled", action="store_true", help="as vLLM does by default; else eager"
-    )
-    parser.add_argument("--out", type=Path, default=DOCS / "load.json")
-    options = parser.parse_args()
-
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """What both arms did, as it is written down."""
     os.environ.update(ENVIRONMENT)
     requests = make_requests(options.requests, options.seed)
     arguments = SERVER if options.compiled else [*SERVER, "--enforce-eager"]
@@ -266,6 +255,28 @@ def main() -> int:
         and not any(arm["lost"] or arm["left_in_server"] for arm in (native, encoded))
         and growth <= GROWTH_MIB
     )
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.load",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--requests", type=int, default=1000, help="(default: 1000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--compiled", action="store_true", help="as vLLM does by default; else eager"
+    )
+    parser.add_argument("--out", type=Path, default=DOCS / "load.json")
+    options = parser.parse_args()
+    try:
+        with interruptible():
+            result = compare(options)
+    except KeyboardInterrupt:
+        print("interrupted: no record", file=sys.stderr)
+        return 130
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     print("different:", result["different"], "passed:", result["passed"])
     return 0 if result["passed"] else 1

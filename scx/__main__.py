@@ -7,6 +7,7 @@ python -m scx audit --model PATH --layers 0,27      what does the accelerator le
 
 import argparse
 import importlib
+import math
 import os
 import platform
 import sys
@@ -145,12 +146,16 @@ def estimate(options: argparse.Namespace) -> bool:
 
 def gigabytes(text: str) -> float:
     """In bytes."""
-    return float(text) * 1e9
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 is allowed")
+    return value * 1e9
 
 
 def microseconds(text: str) -> float:
     """In seconds."""
-    return float(text) * 1e-6
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number from 0 is allowed")
+    return value * 1e-6
 
 
 def audit(options: argparse.Namespace) -> bool:

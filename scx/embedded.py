@@ -32,18 +32,12 @@ def embedded_model(architecture: Architecture = "qwen2") -> Path:
     of q, k and v, drawn from a fixed seed and small enough to keep its sense.
     Raises SCXError where the wheel is not installed or the folder cannot be made.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "scx-vllm" / f"smollm2-135m-{architecture}"
+    folder = _cache() / "scx-vllm" / f"smollm2-135m-{architecture}"
     if not folder.exists():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SCXError(
-                f"{folder.parent} cannot be made ({error.strerror}): set XDG_CACHE_HOME "
-                "to a folder that can be written"
-            ) from error
+        _make(folder.parent, exist_ok=True)
         # Built beside it and renamed: a folder of that name is always whole.
         draft = folder.with_name(f"{folder.name}.{os.getpid()}")
+        _make(draft)
         try:
             _build(architecture, draft)
             draft.rename(folder)
@@ -53,6 +47,29 @@ def embedded_model(architecture: Architecture = "qwen2") -> Path:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def _make(folder: Path, exist_ok: bool = False) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+    except OSError as error:
+        raise SCXError(
+            f"{folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME "
+            "to a folder that can be written"
+        ) from error
+
+
+def _cache() -> Path:
+    """The user's cache folder. Raises SCXError where none is known."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:
+        raise SCXError(
+            "no cache folder is known, as HOME is not set and this user has no home: "
+            "set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
 
 
 def _build(architecture: Architecture, folder: Path) -> None:

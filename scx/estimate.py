@@ -13,13 +13,17 @@ docs/performance.md has the measurements that the defaults come from.
 
 import json
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scx.errors import SCXConfigError
 from scx.kernels.protocol import chunk_rows_of
 
 POSITION_BYTES = 8
+LARGEST = 1 << 20
+"""The most that a size in a config.json can be. None comes near it."""
 
 
 @dataclass(frozen=True)
@@ -54,34 +58,47 @@ class Shape:
     def read(cls, model: Path, ranks: int = 1) -> "Shape":
         """From a model's config.json, split over tensor-parallel ranks.
 
-        Raises SCXConfigError where the file is not there or lacks a field, the heads
-        cannot be split so, or the fused kernels do not serve the model.
+        The sizes are those of its text_config where it has one. As in vLLM, no or null
+        num_key_value_heads are as many as query heads, and head_dim is derived.
+        Raises SCXConfigError where the file is not there, lacks a field or has one that
+        is no size, the heads cannot be split so, or the fused kernels do not serve the
+        model.
         """
-        try:
-            config = json.loads((model / "config.json").read_text())
-            heads = config["num_attention_heads"]
-            kv_heads = config.get("num_key_value_heads", heads)
-            hidden_size, num_layers = config["hidden_size"], config["num_hidden_layers"]
-        except (OSError, ValueError, KeyError) as error:
-            raise SCXConfigError(
-                f"--model {model}: a folder with a config.json that has hidden_size, "
-                f"num_hidden_layers and num_attention_heads is allowed ({error!r})"
-            ) from error
+        config = _read_config(model)
         if config.get("model_type") == "qwen3":
             raise SCXConfigError(
                 f"--model {model}: query and key norms run in plain torch operations, of "
                 "which nothing is known here; models without them are allowed"
             )
-        if heads % ranks:
+
+        def size(name: str, default: int | None = None) -> int:
+            value = default if config.get(name) is None else config[name]
+            if type(value) is not int or not 1 <= value <= LARGEST:
+                raise SCXConfigError(
+                    f"--model {model}: {name}={reprlib.repr(value)} in config.json: a "
+                    f"whole number from 1 to {LARGEST} is allowed"
+                )
+            return value
+
+        heads = size("num_attention_heads")
+        kv_heads = size("num_key_value_heads", heads)
+        hidden_size = size("hidden_size")
+        if heads % kv_heads:
             raise SCXConfigError(
-                f"--tensor-parallel-size {ranks}: {heads} heads cannot be split so"
+                f"--model {model}: num_key_value_heads={kv_heads} in config.json: a "
+                f"divisor of num_attention_heads={heads} is allowed"
+            )
+        if ranks < 1 or heads % ranks or (kv_heads % ranks and ranks % kv_heads):
+            raise SCXConfigError(
+                f"--tensor-parallel-size {ranks}: {heads} heads cannot be split so with "
+                f"{kv_heads} key/value heads"
             )
         return cls(
-            num_layers=num_layers,
+            num_layers=size("num_hidden_layers"),
             hidden_size=hidden_size,
             num_heads=heads // ranks,
             num_kv_heads=max(1, kv_heads // ranks),
-            head_dim=config.get("head_dim") or hidden_size // heads,
+            head_dim=size("head_dim", hidden_size // heads),
         )
 
     def row_bytes(self) -> int:
@@ -89,6 +106,21 @@ class Shape:
         query = self.num_heads * self.head_dim
         projection = query + 2 * self.num_kv_heads * self.head_dim
         return (self.hidden_size + projection + query) * self.element_size
+
+
+def _read_config(model: Path) -> dict[str, Any]:
+    """What config.json says of the language model. Raises SCXConfigError."""
+    try:
+        config = json.loads((model / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise SCXConfigError(
+            f"--model {model}: a folder with a config.json that has hidden_size, "
+            f"num_hidden_layers and num_attention_heads is allowed ({error!r})"
+        ) from error
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
 
 
 def layer_seconds(shape: Shape, tokens: int, machine: Machine) -> float:

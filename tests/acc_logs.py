@@ -170,7 +170,7 @@ def write_and_refuse(plan, layers, folder):
 
 def start_another_and_wait(plan, layers, folder):
     write_whole(plan, layers, folder)
-    other = subprocess.Popen(["sleep", "600"])  # noqa: S607
+    other = subprocess.Popen(["sleep", "60"])  # noqa: S607
     (folder.parent / "pids.draft").write_text(f"{os.getpid()} {other.pid}")
     (folder.parent / "pids.draft").rename(folder.parent / "pids")
-    time.sleep(600)
+    time.sleep(60)

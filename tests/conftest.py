@@ -1,6 +1,45 @@
+import contextlib
+import os
+import signal
+
+# Before huggingface_hub reads it: no test may depend on a network, or wait for one.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import psutil
 import pytest
 
 from tests import tiny_models
+
+# Told to end, as by `timeout` or a CI runner, a run of tests ends its processes too.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+SECONDS = 480
+SLOW_SECONDS = 1800
+"""The most that a test, or what it and others share, may take before it fails."""
+
+
+def bounded(item):
+    seconds = SLOW_SECONDS if item.get_closest_marker("slow") else SECONDS
+
+    def give_up(_number, _frame):
+        # A pool waits for its processes whatever happens, and so would the test.
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        pytest.fail(f"not ended after {seconds} s; its processes were killed")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(bounded)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(bounded)
+pytest_runtest_teardown = pytest.hookimpl(wrapper=True)(bounded)
 
 
 @pytest.fixture(scope="session")

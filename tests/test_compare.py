@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from benchmark_throughput import compare, harness
 from benchmark_throughput import comparison as report
 from benchmark_throughput.harness import ArmFailed, ResidentArm
+from benchmark_throughput.options import read_num_hidden_layers
 from benchmark_throughput.records import (
     Arm,
     UsageError,
@@ -26,6 +29,8 @@ from benchmark_throughput.records import (
 from tests.records import record
 
 ROOT = Path(__file__).parent.parent
+SECONDS = 300
+"""The most that a command takes, with engines that start beside others."""
 
 
 def save(path, records):
@@ -274,9 +279,10 @@ def test_an_arm_that_fails_is_closed_and_says_why(workload, said, resident):
     assert gone([int(resident.build_seconds)])
 
 
-def start(*arguments):
+def start(*arguments, **options):
     return subprocess.Popen(  # noqa: S603
         [sys.executable, "-m", "benchmark_throughput.compare", *map(str, arguments)],
+        **options,
         cwd=ROOT,
         env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
         stdout=subprocess.PIPE,
@@ -287,7 +293,10 @@ def start(*arguments):
 
 def command(*arguments):
     process = start(*arguments)
-    stdout, stderr = process.communicate()
+    try:
+        stdout, stderr = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
     return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
 
@@ -335,6 +344,25 @@ def test_bad_usage_is_one_line_and_status_2(arguments, said):
     assert run.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("[]", "no folder with a config.json"),
+        ("{}", "no folder with a config.json"),
+        ('{"num_hidden_layers": null}', "num_hidden_layers=None in config.json"),
+        ('{"num_hidden_layers": -1}', "num_hidden_layers=-1 in config.json"),
+        ('{"num_hidden_layers": "4"}', "num_hidden_layers='4' in config.json"),
+        ('{"text_config": 7}', "no folder with a config.json"),
+    ],
+)
+def test_what_is_no_number_of_layers_is_refused(config, said, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UsageError, match=said):
+        read_num_hidden_layers(tmp_path)
+    (tmp_path / "config.json").write_text('{"text_config": {"num_hidden_layers": 2}}')
+    assert read_num_hidden_layers(tmp_path) == 2
+
+
 def test_a_device_that_is_not_here_is_refused_before_anything_starts(tmp_path):
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
     run = command("--model", tmp_path, "--arm", "0@cuda:9")
@@ -350,11 +378,14 @@ SMALL = [
 
 
 def test_a_real_run(tiny_llama, tmp_path):
+    """An arm that cannot be built does not stop the others."""
     out = tmp_path / "r.jsonl"
-    arms = ["--arm", 0, "--arm", "off", "--starts", 3]
+    arms = ["--arm", 0, "--arm", "off", "--arm", 99, "--starts", 3]
     memory = ["--kv-cache-memory-bytes", 2**28]
     run = command("--model", tiny_llama, *arms, *SMALL, *memory, "--out", out)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 1, run.stderr
+    (said,) = (line for line in run.stderr.splitlines() if line.startswith("arm 99@cpu"))
+    assert said.startswith("arm 99@cpu failed while its engine was built: ")
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(line["workload"], line["arm"], line["layers"]) for line in lines] == [
         (workload, arm, layers)
@@ -388,28 +419,37 @@ def test_a_real_run(tiny_llama, tmp_path):
     assert "w 2x16+4" in run.stdout
 
 
-def test_an_arm_that_cannot_be_built_does_not_stop_the_others(tiny_llama, tmp_path):
-    out = tmp_path / "r.jsonl"
-    run = command("--model", tiny_llama, "--arm", 99, *SMALL, "--out", out)
-    assert run.returncode == 1, run.stderr
-    (said,) = (line for line in run.stderr.splitlines() if line.startswith("arm 99@cpu"))
-    assert said.startswith("arm 99@cpu failed while its engine was built: ")
-    assert [each.arm for each in read_records(out)] == ["native", "native"]
-    assert "native" in run.stdout
+@pytest.mark.parametrize(("failures", "status"), [(0, 0), (1, 1), (2, 1)])
+def test_the_status_says_whether_an_arm_failed(failures, status, monkeypatch, tmp_path):
+    plan = SimpleNamespace(out=save(tmp_path / "r.jsonl", [record("native", [1.0])]))
+    monkeypatch.setattr(compare, "make_plan", lambda *_: plan)
+    monkeypatch.setattr(compare, "run_arms", lambda *_: failures)
+    assert compare.benchmark(compare.parser().parse_args(["--model", "m"])) == status
 
 
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
 )
 def test_no_process_outlives_the_command(number, tiny_llama, tmp_path):
+    """Started in background, where SIGINT is ignored; tests/test_processes.py has other
+    signals and commands, with stand-ins for engines."""
     out = tmp_path / "r.jsonl"
-    run = start("--model", tiny_llama, "--arm", 0, *SMALL, "--out", out)
-    for line in run.stderr:
-        if line.startswith("arm native: built"):
-            break
-    children = psutil.Process(run.pid).children(recursive=True)
-    assert len(children) > 2
-    # The other engine is being built.
-    run.send_signal(number)
-    assert run.wait() == (130 if number == signal.SIGINT else -number)
-    assert gone([each.pid for each in children], seconds=300)
+    arguments = ["--model", tiny_llama, "--arm", 0, *SMALL, "--out", out]
+    run = start(
+        *arguments, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    )
+    watch = threading.Timer(SECONDS, run.kill)
+    watch.start()
+    try:
+        for line in run.stderr:
+            if line.startswith("arm native: built"):
+                break
+        children = psutil.Process(run.pid).children(recursive=True)
+        assert len(children) > 2
+        # The other engine is being built.
+        run.send_signal(number)
+        assert run.wait() == (130 if number == signal.SIGINT else -number)
+    finally:
+        watch.cancel()
+        run.kill()
+    assert gone([each.pid for each in children])

@@ -82,3 +82,94 @@ def test_the_command(tmp_path, capsys):
     assert (
         "SCX_ENC_LAYERS='4': this model has the layers 0 to 3" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_key_value_heads": None}, Shape(4, 128, 4, 4, 32)),
+        ({"head_dim": None}, Shape(4, 128, 4, 2, 32)),
+        ({"head_dim": 64}, Shape(4, 128, 4, 2, 64)),
+        ({"text_config": None}, Shape(4, 128, 4, 2, 32)),
+        (
+            {"text_config": tiny_models.SHAPE | {"num_hidden_layers": 2}},
+            Shape(2, 128, 4, 2, 32),
+        ),
+    ],
+)
+def test_what_may_be_null_or_nested(changes, expected, tmp_path):
+    folder = tiny_models.save_config(
+        tmp_path / "m", "LlamaForCausalLM", "llama", **changes
+    )
+    assert Shape.read(folder) == expected
+
+
+SIZES = ("num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        *(
+            ({name: value}, f"{name}={text} in config.json: a whole number from 1 to ")
+            for name in (*SIZES, "num_hidden_layers")
+            for value, text in (
+                (0, "0"),
+                (-4, "-4"),
+                (4.0, "4.0"),
+                (True, "True"),
+                ("4", "'4'"),
+                ([4], "[4]"),
+                (1 << 62, f"{1 << 62}"),
+            )
+        ),
+        *(
+            ({name: None}, f"{name}=None in config.json: a whole number")
+            for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+        ),
+        ({"hidden_size": 3}, "head_dim=0 in config.json: a whole number"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 in config.json: a divisor"),
+        ({"num_key_value_heads": 8}, "num_key_value_heads=8 in config.json: a divisor"),
+        ({"text_config": {"hidden_size": 8}}, "num_attention_heads=None in config.json"),
+        ({"hidden_size": "x" * 999}, "hidden_size='xxxxxxxxxxxx...xxxxxxxxxxxxx' in"),
+    ],
+)
+def test_what_is_no_size_is_one_line(changes, said, tmp_path, capsys):
+    folder = tiny_models.save_config(
+        tmp_path / "m", "LlamaForCausalLM", "llama", **changes
+    )
+    assert main(["estimate", "--model", str(folder), "--layers", "all"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"--model {folder}: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "7", "[" * 100_000, "\udcff"])
+def test_what_is_no_config_is_one_line(text, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text, errors="surrogateescape")
+    assert main(["estimate", "--model", str(tmp_path), "--layers", "0"]) == 1
+    error = capsys.readouterr().err
+    assert "a folder with a config.json that has hidden_size" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("ranks", ["0", "-1", "3", "8"])
+def test_ranks_that_cannot_be(ranks, tmp_path, capsys):
+    folder = tiny_models.save_config(tmp_path / "m", "LlamaForCausalLM", "llama")
+    command = ["estimate", "--model", str(folder), "--layers", "0"]
+    assert main([*command, "--tensor-parallel-size", ranks]) == 1
+    assert capsys.readouterr().err == (
+        f"--tensor-parallel-size {ranks}: 4 heads cannot be split so with 2 key/value "
+        "heads\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "option", ["--bus=0", "--bus=-1", "--bus=nan", "--bus=inf", "--hop=-1", "--flag=nan"]
+)
+def test_figures_of_a_machine_that_cannot_be(option, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["estimate", "--model", str(tmp_path), "--layers", "0", option])
+    assert stop.value.code == 2
+    assert "a number " in capsys.readouterr().err

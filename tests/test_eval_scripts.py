@@ -18,7 +18,7 @@ from benchmark_acc.logs import FILE, LogError, Setting, read_arm
 from benchmark_acc.tasks import passages
 from scx import embedded
 from scx.embedded import embedded_model
-from tests import acc_logs
+from tests import acc_logs, tiny_models
 from tests.engines import in_new_process
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,14 @@ def test_the_scripts_are_the_promised_ones():
 
 
 @pytest.mark.parametrize(
-    "path", [*SCRIPTS, ROOT / "scripts" / "setup.sh", ROOT / ".ci" / "run"], ids=str
+    "path",
+    [
+        *SCRIPTS,
+        ROOT / "benchmark_throughput" / "run_70b.sh",
+        ROOT / "scripts" / "setup.sh",
+        ROOT / ".ci" / "run",
+    ],
+    ids=str,
 )
 def test_shellcheck_finds_nothing(path):
     shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent)
@@ -65,9 +72,7 @@ def variables(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("ARMS", "LIMIT", "TP", "DTYPE", "SEED", "MODEL_ARGS", "SCX_ENC_LAYERS"):
         monkeypatch.delenv(name, raising=False)
-    term = signal.getsignal(signal.SIGTERM)
-    yield monkeypatch
-    signal.signal(signal.SIGTERM, term)
+    return monkeypatch
 
 
 @pytest.mark.parametrize(
@@ -93,6 +98,17 @@ def test_a_bad_variable_is_one_line(name, value, said, variables, capsys, tmp_pa
     assert said in error
     assert error.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_a_model_without_a_number_of_layers_is_one_line(variables, capsys, tmp_path):
+    folder = tiny_models.save_config(
+        tmp_path / "m", "LlamaForCausalLM", "llama", num_hidden_layers=None
+    )
+    variables.setenv("MODEL_PATH", str(folder))
+    assert run_eval.main(["pydoc", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"MODEL_PATH='{folder}': no model's folder, and none from the hub" in error
+    assert error.count("\n") == 1
 
 
 def test_paths_that_cannot_be_are_one_line(variables, capsys, tmp_path):
@@ -178,13 +194,22 @@ def test_an_arm_that_fails_leaves_nothing(function, error, said, evaluate, tmp_p
     assert list(folder.iterdir()) == [folder / "earlier"]
 
 
+@pytest.fixture
+def ignored_interrupts():
+    """As a script's commands have them that it starts with `&`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("ignored_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_arm_leaves_nothing(number, evaluate, variables, tmp_path, capsys):
     evaluate(acc_logs.start_another_and_wait)
     pids = tmp_path / "pids"
     killer = "while [ ! -e $0 ]; do sleep 0.1; done; kill -$1 $2"
     with subprocess.Popen(  # noqa: S603
-        ["bash", "-c", killer, pids, str(int(number)), str(os.getpid())]  # noqa: S607
+        ["timeout", "60", "bash", "-c", killer, pids, str(int(number)), str(os.getpid())]  # noqa: S607
     ):
         status = run_eval.exit_status(lambda: run_arm(PLAN, "", tmp_path / "plain"))
     assert status == 130

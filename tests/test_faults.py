@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import pwd
 import resource
 import secrets
 import signal
@@ -211,6 +212,28 @@ def test_the_embedded_model_needs_a_cache_that_can_be_written(monkeypatch):
         "/proc/nowhere/scx-vllm cannot be made (No such file or directory): set "
         "XDG_CACHE_HOME to a folder that can be written"
     )
+
+
+def test_the_embedded_model_needs_a_folder_of_the_user(monkeypatch, tmp_path):
+    """Without HOME and an entry in passwd, as of an arbitrary user in a container."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(SCXError) as error:
+        embedded.embedded_model("llama")
+    assert str(error.value) == (
+        "no cache folder is known, as HOME is not set and this user has no home: set "
+        "XDG_CACHE_HOME to a folder that can be written"
+    )
+    # It is there and not to be written, for root too.
+    (tmp_path / "scx-vllm").symlink_to("/proc/self")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(SCXError, match=r"\d cannot be made \(.*\): set XDG_CACHE"):
+        embedded.embedded_model("llama")
 
 
 def optimised(model):
