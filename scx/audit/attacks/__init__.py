@@ -1,12 +1,13 @@
 """The attacks of an audit, one file an idea."""
 
 from scx.audit.attacks.batch_of_one import BatchOfOne
+from scx.audit.attacks.border import BorderMap, BorderTokens, RowOrder
 from scx.audit.attacks.collision import Collision
 from scx.audit.attacks.dictionary import HeadNorms, SortedValues
 from scx.audit.attacks.equality import Equality
 from scx.audit.attacks.injection import Injection, InjectionInTheClear
 from scx.audit.attacks.inversion import Inversion, LinkedInversion
-from scx.audit.attacks.known_plaintext import KnownPrefix, Neighbour
+from scx.audit.attacks.known_plaintext import KnownMap, KnownPrefix, Neighbour
 from scx.audit.attacks.linking import Linking
 from scx.audit.attacks.many_steps import ManySteps
 from scx.audit.attacks.memory import ClearCache, ClearHidden, TokenIds
@@ -22,13 +23,20 @@ from scx.audit.attacks.vocabulary import (
 from scx.audit.interface import Attack
 
 ATTACKS: tuple[Attack, ...] = (
-    # A1, fast ones first: what they leave of the time is for the searches.
+    TokenIds(),
     SortedValues(),
     HeadNorms(),
     Inversion(),
     Equality(),
     ManySteps(),
     Moments(),
+    KnownMap(),
+    RowOrder(),
+    BorderMap(),
+    Linking(),
+    LinkedInversion(),
+    Subspace(),
+    # The searches: each gets an equal part of the time that is left.
     KnownPrefix(),
     Neighbour(),
     Features(),
@@ -37,14 +45,11 @@ ATTACKS: tuple[Attack, ...] = (
     ClearCache(),
     Injection(),
     InjectionInTheClear(),
-    Linking(),
-    LinkedInversion(),
-    Subspace(),
     BatchOfOne(),
+    BorderTokens(),
     Plain(),
     Shuffled(),
     FeaturesOfQueries(),
-    TokenIds(),
     ClearHidden(),
 )
-"""In the order in which they run and are reported."""
+"""In the order in which they run: what fast ones leave of the time, searches have."""
