@@ -124,6 +124,8 @@ class Attack(ABC):
     adversary: Adversary
     """The weakest that can run it."""
     scope: Literal["any layer", "layer 0", "whole model"] = "any layer"
+    given_text: bool = False
+    """Whether it is given part of the text that the engine was."""
     uses_weights: bool = True
     """Whether other weights make a control."""
     random_control: bool = True

@@ -181,6 +181,7 @@ def _findings(bench: _Bench, attack: Attack, seconds: float) -> Iterator[dict[st
             "adversary": attack.adversary,
             "attack": attack.name,
             "label": label,
+            "given_text": attack.given_text,
             "about": claims[0].about.value if claims else "",
             "share": _share(found),
             "error": found.error,

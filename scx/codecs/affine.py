@@ -32,10 +32,13 @@ class AffineCodec(FeatureCodec):
 
     Calculated in float32 at least and rounded once in each direction. Where the
     heads are bfloat16 or float16, errors of that rounding can be up to CONDITION
-    times those of the heads themselves.
+    times those of the heads themselves, if no feature is far larger than the rest:
+    its rounding is spread over the whole head (docs/affine-numerics.json). Heads of
+    float16 whose norm is below 32,752 stay finite.
     """
 
     name = "affine"
+    largest_key_bias = 20.0
 
     def __init__(
         self, key_maps: torch.Tensor, value_maps: torch.Tensor, offsets: torch.Tensor

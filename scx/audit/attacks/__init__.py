@@ -11,7 +11,7 @@ from scx.audit.attacks.known_plaintext import KnownMap, KnownPrefix, Neighbour
 from scx.audit.attacks.linking import Linking
 from scx.audit.attacks.many_steps import ManySteps
 from scx.audit.attacks.memory import ClearCache, ClearHidden, TokenIds
-from scx.audit.attacks.moments import Moments
+from scx.audit.attacks.moments import Moments, PerfectMoments
 from scx.audit.attacks.subspace import Subspace
 from scx.audit.attacks.vocabulary import (
     Features,
@@ -30,6 +30,7 @@ ATTACKS: tuple[Attack, ...] = (
     Equality(),
     ManySteps(),
     Moments(),
+    PerfectMoments(),
     KnownMap(),
     RowOrder(),
     BorderMap(),

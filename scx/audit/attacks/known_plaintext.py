@@ -34,6 +34,7 @@ class KnownPrefix(Attack):
 
     name = "known prefix, least squares"
     adversary = "A1"
+    given_text = True
     lengths = (8, 0, 2, 4, 16, 64)
 
     def run(self, knowledge: Knowledge, view: View, budget: Budget) -> Outcome:
@@ -82,6 +83,7 @@ class KnownMap(Attack):
 
     name = "map from a known prefix"
     adversary = "A1"
+    given_text = True
 
     def run(self, knowledge: Knowledge, view: View, budget: Budget) -> Outcome:
         model, own = knowledge.model, longest_request(view)
@@ -110,6 +112,7 @@ class Neighbour(Attack):
 
     name = "another tenant's known plaintext"
     adversary = "A1"
+    given_text = True
 
     def run(self, knowledge: Knowledge, view: View, budget: Budget) -> Outcome:
         if len(view.batch) < 2:
