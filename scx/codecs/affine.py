@@ -6,9 +6,10 @@ q(k + a)^T = qk^T + qa^T, the same constant more for all keys of a query, which
 softmax does not see; and the weights sum to one, so the output is (o + b) B, which
 B^-1 and b undo. Attention and its cache are the stock ones.
 
-Unlike a permutation it mixes features, so their values do not survive. Any fixed
-linear map still falls to a handful of known tokens, which `python -m scx audit
---codec affine` measures.
+Unlike a permutation it mixes features, so their values do not survive in a cache. Any
+fixed map still falls to least squares over vectors that are known with their encoding:
+a handful of known tokens, or one step at the border. `python -m scx audit --codec
+affine` measures both.
 """
 
 import math
