@@ -1,4 +1,4 @@
-"""SCX-vLLM: vLLM on an accelerator that is not trusted.
+"""SCX-vLLM: the attention of chosen vLLM layers encoded, as in SCX.
 
 Importing this package loads neither torch nor vLLM, because vLLM imports it
 in every process it starts, with or without a use for it.

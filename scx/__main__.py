@@ -6,7 +6,7 @@ python -m scx audit --model PATH --layers 0,27      what does the accelerator le
 """
 
 import argparse
-import importlib
+import importlib.util
 import math
 import os
 import platform
@@ -163,6 +163,9 @@ def audit(options: argparse.Namespace) -> bool:
     # One process, so that the recorder can stand beside the model.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if importlib.util.find_spec("scipy") is None:
+        print("FAIL  audit: needs scipy: pip install 'scx-vllm[audit]'", file=sys.stderr)
+        return False
     from scx.audit import report, runner, views
     from scx.audit.prompts import read_prompts
 

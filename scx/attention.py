@@ -77,6 +77,7 @@ class SCXAttention(nn.Module):
     total_num_kv_heads: int
     head_dim: int
     q_size: int
+    kv_size: int
     hidden_size: int
 
     @property

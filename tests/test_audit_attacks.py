@@ -13,6 +13,8 @@ import torch
 from scx.audit.attacks import (
     ATTACKS,
     BatchOfOne,
+    BorderMap,
+    BorderTokens,
     ClearCache,
     ClearHidden,
     Collision,
@@ -23,23 +25,26 @@ from scx.audit.attacks import (
     Injection,
     InjectionInTheClear,
     Inversion,
+    KnownMap,
     KnownPrefix,
     LinkedInversion,
     Linking,
     ManySteps,
     Moments,
     Neighbour,
+    PerfectMoments,
     Plain,
+    RowOrder,
     Shuffled,
     ShuffledFeatures,
     SortedValues,
     Subspace,
     TokenIds,
 )
-from scx.audit.attacks.many_steps import pair, profiles
+from scx.audit.attacks.many_steps import profiles
 from scx.audit.attacks.subspace import members
 from scx.audit.interface import About, Budget, Claim, Plaintext
-from scx.audit.matching import Reading, search
+from scx.audit.matching import Reading, assign, search
 from scx.audit.public_model import PublicModel
 from scx.audit.scoring import Truth, score
 from scx.audit.views import fresh_random, view_of
@@ -49,7 +54,8 @@ from tests.tiny_models import VOCABULARY
 ALL, NOTHING = 0.95, 0.1
 LENGTHS = (6, 9, 70)
 LONG = (130, 140)
-"""For known prefixes of up to 64 tokens and a rest that is as long."""
+"""For what needs more rows than a head has features, and a rest to read."""
+NEED_LONG = KnownPrefix | KnownMap | Moments | RowOrder | BorderMap | BorderTokens
 ENCODED = (0, 2)
 
 
@@ -97,7 +103,7 @@ def attacked(public, wrong, recorded):
     text = torch.randint(VOCABULARY, (2048,), generator=generator)
 
     def run(attack, codec, layer, control="", seconds=60.0, candidates=None):
-        long = isinstance(attack, KnownPrefix | Moments)
+        long = isinstance(attack, NEED_LONG)
         capture = recorded(codec, LONG if long else LENGTHS)
         view = view_of(capture, layer, attack.adversary)
         if control == "random":
@@ -141,6 +147,19 @@ PLANTED = [
     (PatientCollision(), "permutation", 2),
     (ClearCache(), "affine", 0),
     (ClearHidden(), "affine", 0),
+    (KnownMap(), "permutation", 2),
+    (KnownMap(), "affine", 2),
+    (RowOrder(), "permutation", 0),
+    (RowOrder(), "permutation", 2),
+    (RowOrder(), "affine", 0),
+    (RowOrder(), "affine", 2),
+    (BorderMap(), "permutation", 0),
+    (BorderMap(), "permutation", 2),
+    (BorderMap(), "affine", 0),
+    (BorderMap(), "affine", 2),
+    (BorderTokens(), "permutation", 0),
+    (BorderTokens(), "affine", 0),
+    (BorderTokens(), "affine", 2),
     (Linking(), "permutation", 0),
     (Linking(), "permutation", 2),
     (Subspace(), "affine", 0),
@@ -220,30 +239,31 @@ def test_a_known_prefix_reads_the_rest_the_better_the_longer_it_is(attacked):
     scores = attacked(KnownPrefix(), "affine", 0)
     curve = {int(label.split()[0]): s.share for label, s in scores.items()}
     assert curve[0] < NOTHING
-    assert curve[0] < curve[8] < curve[32] + 1e-9
+    assert curve[0] < curve[8] < curve[16] + 1e-9
     assert curve[64] > ALL
 
 
 def test_a_known_prefix_in_a_deeper_layer(attacked):
-    assert attacked(KnownPrefix(), "affine", 2)["64 tokens"].share > ALL
+    assert attacked(KnownPrefix(), "affine", 2)["128 tokens"].share > ALL
 
 
-@pytest.mark.parametrize("attack", [KnownPrefix(), Neighbour()], ids=name)
-def test_no_more_of_the_text_is_used_than_the_attack_is_given(attack, public, recorded):
+GIVEN = [(KnownPrefix(), 64, 64), (KnownMap(), 128, 0), (Neighbour(), max(LONG), 0)]
+
+
+@pytest.mark.parametrize(("attack", "of_longest", "of_others"), GIVEN, ids=name)
+def test_no_more_of_the_text_is_used_than_the_attack_is_given(
+    attack, of_longest, of_others, public, recorded
+):
     capture = recorded("affine", LONG)
     view = view_of(capture, 0, "A1")
     given = audit_world.knowledge(public, 0, capture, torch.arange(100))
-    # The longest request is the tenant's own; a prefix is known of each.
-    others = [
-        torch.cat([ids[:64], (ids[64:] + 1) % VOCABULARY])
-        if isinstance(attack, KnownPrefix)
-        else ids
-        if len(ids) == max(LONG)
-        else (ids + 1) % VOCABULARY
-        for ids in (capture.ids(r) for r in range(len(LONG)))
-    ]
-    changed = dataclasses.replace(given, plaintext=Plaintext(others))
-    one, two = (attack.run(k, view, Budget(60)).claims for k in (given, changed))
+    changed = []
+    for ids in (capture.ids(r) for r in range(len(LONG))):
+        known = of_longest if len(ids) == max(LONG) else of_others
+        changed.append(torch.cat([ids[:known], (ids[known:] + 1) % VOCABULARY]))
+    other = dataclasses.replace(given, plaintext=Plaintext(changed))
+    one, two = (attack.run(k, view, Budget(60)).claims for k in (given, other))
+    assert one
     for label, claims in one.items():
         for a, b in zip(claims, two[label], strict=True):
             assert torch.equal(a.values, b.values)
@@ -252,11 +272,10 @@ def test_no_more_of_the_text_is_used_than_the_attack_is_given(attack, public, re
 @pytest.mark.parametrize("codec", ["permutation", "affine"])
 def test_moments_of_the_very_text_read_it(codec, attacked):
     # 270 rows in 64 dimensions: the mean and covariance must be those of the text.
-    scores = attacked(Moments(), codec, 0)
-    assert scores["of the very text"].share > ALL
-    assert scores["of public text"].share < 0.5
-    nothing = attacked(Moments(), codec, 0, "random")
-    assert all(s.share < NOTHING for s in nothing.values())
+    assert first(attacked(PerfectMoments(), codec, 0)).share > ALL
+    assert first(attacked(Moments(), codec, 0)).share < 0.5
+    for attack in (Moments(), PerfectMoments()):
+        assert first(attacked(attack, codec, 0, "random")).share < NOTHING
 
 
 def test_features_of_unlike_distribution_are_paired():
@@ -266,11 +285,17 @@ def test_features_of_unlike_distribution_are_paired():
     seen = torch.randn(4096, 1, 32, generator=generator) * scales
     other = torch.randn(4096, 1, 32, generator=generator) * scales
     gaps = torch.cdist(profiles(seen[..., key])[0], profiles(other)[0], p=1)
-    assert (pair(gaps) == key).float().mean() > ALL
+    assert (assign(gaps) == key).float().mean() > ALL
     same = torch.cdist(
         profiles((seen / scales)[..., key])[0], profiles(other / scales)[0], p=1
     )
-    assert (pair(same) == key).float().mean() < 0.2
+    assert (assign(same) == key).float().mean() < 0.2
+
+
+def test_pairs_are_the_best_together_and_not_one_by_one():
+    # The least gap first would take 1 and be left with 9.
+    gaps = torch.tensor([[1.0, 2.0], [3.0, 9.0]])
+    assert assign(gaps).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("decoys", [8, 32])
@@ -363,6 +388,37 @@ def test_a_spent_budget_is_reported_as_cut(public, recorded):
     assert not outcome.claims[""]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attack", [RowOrder(), BorderMap()], ids=name)
+def test_the_border_gives_the_key_in_sixteen_bits_too(attack, dtype, public, recorded):
+    capture = rounded(recorded("affine", LONG), dtype)
+    given = audit_world.knowledge(public, 2, capture, torch.arange(100))
+    outcome = attack.run(given, view_of(capture, 2, "A2"), Budget(60))
+    found = score(outcome.claims[""], Truth(capture, 2, VOCABULARY))
+    assert found.share > ALL
+
+
+def rounded(capture, dtype):
+    """A capture whose engine holds every tensor in `dtype`."""
+
+    def step(whole):
+        kept = {name: getattr(whole, name) for name in ("hidden", "k", "v")}
+        return dataclasses.replace(
+            whole,
+            **{n: {i: x.to(dtype) for i, x in by.items()} for n, by in kept.items()},
+            border={
+                i: type(border)(**{n: x.to(dtype) for n, x in vars(border).items()})
+                for i, border in whole.border.items()
+            },
+        )
+
+    return dataclasses.replace(
+        capture,
+        alone=[[step(s) for s in steps] for steps in capture.alone],
+        together=[step(s) for s in capture.together],
+    )
+
+
 CLAIMS = [
     (About.REQUEST_TOKENS, lambda ids: ids, 1.0),
     (About.REQUEST_TOKENS, lambda ids: torch.cat([ids[:3], ids[3:] + 1]), 0.5),
@@ -379,6 +435,26 @@ def test_the_scorer_counts(about, values, share, public):
     truth = Truth(capture, 0, VOCABULARY)
     assert score([Claim(about, 0, values(ids))], truth).share == pytest.approx(share)
     assert score([], truth).attacked == 0
+
+
+def test_the_scorer_measures_decoded_vectors(public):
+    ids = torch.arange(40) * 7 % VOCABULARY
+    capture = audit_world.capture(public, [ids], [0], audit_world.permutation)
+    truth = Truth(capture, 0, VOCABULARY)
+    model = public.layer(0)
+    weight, bias = model.keys_and_values()
+    true = (model.trace(ids).hidden @ weight.T + bias).unflatten(-1, (-1, 64))
+    spread = (true - true.mean(0)).square().sum(-1).mean(0).sqrt()
+    direction = torch.nn.functional.normalize(torch.randn(true.shape), dim=-1)
+    for error, share in ((0.0, 1), (0.05, 1), (0.2, 0)):
+        values = true + error * spread[:, None] * direction
+        found = score([Claim(About.VECTORS, 0, values[8:], 8)], truth)
+        assert found.share == share
+        assert found.error == pytest.approx(error, abs=1e-5)
+        assert found.attacked == true[8:, :, 0].numel()
+        assert found.of == true[..., 0].numel()
+    blind = true.mean(0).expand_as(true)
+    assert score([Claim(About.VECTORS, 0, blind)], truth).share < NOTHING
 
 
 def test_tokens_that_were_given_count_as_chance(public):

@@ -140,7 +140,11 @@ def audit(*arguments):
 
 def test_the_command_writes_a_report(spoken, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    lines = [" ".join(f"w{(7 * i + s) % VOCABULARY}" for i in range(12)) for s in (1, 2)]
+    # One has more rows than a head has features.
+    lines = [
+        " ".join(f"w{(7 * i + s) % VOCABULARY}" for i in range(length))
+        for s, length in ((1, 12), (2, 90))
+    ]
     prompts.write_text("\n".join(lines) + "\n")
     out = tmp_path / "out"
     arguments = (
@@ -165,6 +169,17 @@ def test_the_command_writes_a_report(spoken, tmp_path):
         assert finding["controls"]["random"]["share"] < 0.1
         assert finding["controls"]["wrong weights"]["share"] < 0.1
     assert found["linking the two views of V", "features", 0]["share"] == 1
+    order = found["row order, by comparing bytes", "", 0]
+    assert order["share"] == 1
+    assert order["controls"]["random"]["share"] < 0.1
+    for attack, label in (
+        ("map from one step at the border", ""),
+        ("map from a known prefix", "65 tokens"),
+    ):
+        finding = found[attack, label, 0]
+        assert finding["share"] == 1
+        assert finding["error"] < 1e-3
+        assert finding["controls"]["random"]["share"] < 0.1
     table = (out / "permutation.md").read_text()
     assert "| 0 | A1 | dictionary of sorted values | 100.0% |" in table
     assert (out / "permutation.png").read_bytes().startswith(b"\x89PNG")

@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
@@ -37,6 +37,12 @@ class About(Enum):
     """(M, D): the clear feature that each encoded feature of a KV head is."""
     EQUALITY = "pairs of equal tokens in a request"
     """By position, the first position that holds the same token."""
+    VECTORS = "cached vectors decoded"
+    """(T, 2M, D), float32: by row the keys of a request before RoPE, then its values,
+    in the clear."""
+
+
+NO_TOKENS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,10 @@ class Claim:
     index: int
     """The request, or the step in `View.steps`."""
     values: torch.Tensor
-    """int64, as `About` says, for the `rows`."""
+    """As `About` says, int64 where that says no other, for the rows from `first` on."""
     first: int = 0
     """The row of the first value; the others follow it."""
-    given: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    given: torch.Tensor = NO_TOKENS
     """Token ids that the attack was given with their encoding. Knowing them again needs
     no weights, since equal tokens stay equal; it counts as chance."""
 
@@ -118,6 +124,8 @@ class Attack(ABC):
     adversary: Adversary
     """The weakest that can run it."""
     scope: Literal["any layer", "layer 0", "whole model"] = "any layer"
+    given_text: bool = False
+    """Whether it is given part of the text that the engine was."""
     uses_weights: bool = True
     """Whether other weights make a control."""
     random_control: bool = True

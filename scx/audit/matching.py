@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from scx.audit.interface import Budget
 from scx.audit.public_model import LayerModel, States
@@ -75,6 +76,12 @@ def nearest_each(
 ) -> tuple[torch.Tensor, ...]:
     """`nearest` for several (T, F), one result a part."""
     return nearest(torch.cat(list(parts)), table).split([len(part) for part in parts])
+
+
+def assign(gaps: torch.Tensor) -> torch.Tensor:
+    """The column of each row of `gaps` (A, B), A <= B: int64 (A,). No column twice, and
+    the gaps as small in sum as can be."""
+    return torch.from_numpy(linear_sum_assignment(gaps)[1])
 
 
 def features_of_table(model: LayerModel, reading: Reading) -> torch.Tensor:

@@ -122,15 +122,19 @@ class LayerModel:
         self._trunk.norm = layer.input_layernorm
         self._trunk.eval()
         self._reader = _Reader(self._trunk)
+        self._traces: dict[tuple[int, ...], States] = {}
         self._orders: dict[tuple[int, ...], torch.Tensor] = {}
         self._blocks: dict[tuple[tuple[int, ...], int], torch.Tensor] = {}
         self._memo_bytes = 0
 
     @torch.inference_mode()
     def trace(self, ids: torch.Tensor) -> States:
-        """The states of a text (T,), one row a token."""
-        hidden = self._trunk(ids[None], use_cache=False).last_hidden_state[0]
-        return States(self, hidden, torch.arange(len(ids)))
+        """The states of a text (T,), one row a token. Remembered for other attacks."""
+        key = tuple(ids.tolist())
+        if key not in self._traces:
+            hidden = self._trunk(ids[None], use_cache=False).last_hidden_state[0]
+            self._traces[key] = States(self, hidden, torch.arange(len(ids)))
+        return self._traces[key]
 
     @cached_property
     def table(self) -> torch.Tensor:

@@ -1,18 +1,20 @@
 """An audit's report: a table on the terminal, Markdown, JSON.
 
-    python -m scx.audit.report docs/audit/*.json
+    python -m scx.audit.report docs/audit/*.json --into README.md
 
-prints what several reports have to say of the attacks in HEADLINES, side by side.
+puts the tables of several reports, side by side, into documents, between the comments
+that name them; without `--into` it prints them.
 """
 
+import argparse
 import json
-import sys
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from scx.audit.interface import WHOLE_MODEL
+from scx.audit.interface import WHOLE_MODEL, About
 
 WHO = {
     "A1": "reads KV cache blocks",
@@ -31,10 +33,18 @@ HEADLINES = (
     "known prefix, least squares: 4 tokens",
     "known prefix, least squares: 8 tokens",
     "known prefix, least squares: 16 tokens",
-    "moments, whitened head norms: of public text",
+    "known prefix, least squares: 128 tokens",
+    "map from a known prefix: 65 tokens",
+    "map from a known prefix: 96 tokens",
+    "map from a known prefix: 128 tokens",
+    "another tenant's known plaintext",
+    "moments, whitened head norms",
     "vocabulary matching, D (cached K, V)",
     "vocabulary matching, SD (cached K, V)",
     "KV collision, sorted",
+    "row order, by comparing bytes",
+    "map from one step at the border",
+    "map from one step at the border, then matching",
     "linking the two views of V: rows, in a batch",
     "linking the two views of V: features",
     "batch of one",
@@ -55,7 +65,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
             finding["adversary"],
             _title(finding),
             _percent(finding["share"]),
-            f"{finding['attacked']} {finding['about']}".strip(),
+            f"{finding['attacked']} {finding['about']}{_error(finding)}".strip(),
             _percent(finding["floor"]) if finding["attacked"] else "",
             *(
                 _percent(finding["controls"].get(control, {}).get("share"))
@@ -165,8 +175,62 @@ def comparison(reports: Sequence[dict[str, Any]]) -> str:
     return "\n".join(_table(lines))
 
 
+def overview(reports: Sequence[dict[str, Any]]) -> str:
+    """The most that any attack recovered, by who ran it: of tokens, and of cached K and V
+    where those were decoded. An adversary can run the attacks of a weaker one."""
+    who = {
+        "A1, no text known": lambda f: f["adversary"] == "A1" and not f["given_text"],
+        "A1, some text known": lambda f: f["adversary"] == "A1",
+        "A2": lambda f: f["adversary"] in ("A1", "A2"),
+        "A3": lambda f: True,
+    }
+    lines = [["", *who]]
+    for report in reports:
+        for layer in (*report["layers"], WHOLE_MODEL):
+            here = [f for f in report["findings"] if f["layer"] == layer]
+            cells = [_most(filter(may, here)) for may in who.values()]
+            lines.append([f"{report['codec']}, {_layer_name(layer)}", *cells])
+    return "\n".join(_table(lines))
+
+
+def _most(findings: Iterable[dict[str, Any]]) -> str:
+    found = [f for f in findings if f["attacked"]]
+    tokens = [f for f in found if f["about"].startswith("tokens")]
+    vectors = [f for f in found if f["about"] == About.VECTORS.value]
+    cells = [
+        f"{name} {_cell(max(group, key=lambda f: (f['share'], f['attacked'])))}"
+        for name, group in (("tokens", tokens), ("K, V", vectors))
+        if group
+    ]
+    return "; ".join(cells) or "-"
+
+
+def tables(reports: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The tables of several reports by the names that documents call them."""
+    return {
+        "audit by adversary": overview(reports),
+        "audit by attack": comparison(reports),
+    }
+
+
+def put(document: str, tables: Mapping[str, str]) -> str:
+    """The document with each table between `<!-- name -->` and the next `<!-- end -->`,
+    if it has the first of these comments."""
+    for name, table in tables.items():
+        marked = re.compile(f"(?s)(<!-- {name} -->\n).*?(<!-- end -->)")
+        document = marked.sub(
+            lambda found, table=table: f"{found[1]}{table}\n{found[2]}", document
+        )
+    return document
+
+
 def _layer_name(layer: int | str) -> str:
-    return "any layer" if layer == WHOLE_MODEL else f"layer {layer}"
+    return "layers in the clear" if layer == WHOLE_MODEL else f"layer {layer}"
+
+
+def _error(finding: dict[str, Any]) -> str:
+    error = finding["error"]
+    return "" if error is None else f", median error {error:.1e}"
 
 
 def _cell(finding: dict[str, Any] | None) -> str:
@@ -206,5 +270,18 @@ def _table(lines: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:])]
 
 
+def main() -> None:
+    """Print the tables of the reports that are named, or write them into documents."""
+    parser = argparse.ArgumentParser(prog="python -m scx.audit.report")
+    parser.add_argument("reports", nargs="+", type=Path)
+    parser.add_argument("--into", nargs="+", type=Path, default=[], metavar="DOCUMENT")
+    options = parser.parse_args()
+    made = tables([json.loads(file.read_text()) for file in options.reports])
+    if not options.into:
+        print("\n\n".join(made.values()))
+    for document in options.into:
+        document.write_text(put(document.read_text(), made))
+
+
 if __name__ == "__main__":
-    print(comparison([json.loads(Path(name).read_text()) for name in sys.argv[1:]]))
+    main()

@@ -70,7 +70,12 @@ def audit(settings: Settings) -> dict[str, Any]:
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
     captured = time.monotonic()
-    findings = list(attack(capture, settings))
+    # By layer as they came, then the weakest adversary first.
+    order = [WHOLE_MODEL, *capture.layers]
+    findings = sorted(
+        attack(capture, settings),
+        key=lambda f: (order.index(f["layer"]), ADVERSARIES.index(f["adversary"])),
+    )
     return {
         # Its last part: a report is meant to be shown, a home folder is not.
         "model": Path(settings.model).name,
@@ -176,8 +181,10 @@ def _findings(bench: _Bench, attack: Attack, seconds: float) -> Iterator[dict[st
             "adversary": attack.adversary,
             "attack": attack.name,
             "label": label,
+            "given_text": attack.given_text,
             "about": claims[0].about.value if claims else "",
             "share": _share(found),
+            "error": found.error,
             "attacked": found.attacked,
             "of": found.of,
             "floor": round(found.floor, 4),

@@ -7,12 +7,23 @@ the other is right.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from scx.audit.capture import Capture
 from scx.audit.interface import About, Claim
 from scx.audit.views import BorderStep, border_steps
+
+DECODED = 0.1
+"""Error below which a cached vector counts as decoded: its distance from the true one
+over the root mean square distance of that head's true vectors from their mean, so that
+who knows the mean and nothing else has an error of about one. A tenth is one percent of
+that variance, and what the weights of attention and a search for the token bear: 16-bit
+rounding alone moves a vector by up to a tenth of the way to another token's."""
+
+NO_ERRORS = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,8 @@ class Score:
     """Tokens, rows, features or pairs that claims were made about."""
     of: int
     """As many there are in the requests or steps that the attack took on."""
+    error: float | None = None
+    """The median error of decoded vectors, as `DECODED` measures it."""
 
 
 class Truth:
@@ -38,7 +51,23 @@ class Truth:
         self.steps = border_steps(capture, layer)
         recorded = [step for steps in capture.alone for step in steps]
         self.step_ids = [step.input_ids for step in (*recorded, *capture.together)]
+        self._alone = len(recorded)
         self._columns: torch.Tensor | None = None
+
+    @cached_property
+    def vectors(self) -> list[torch.Tensor]:
+        """Of each request keys before RoPE, then values (T, 2M, D), in the clear."""
+        clear = [
+            torch.cat([step.keys_sent(), step.values_sent()], dim=1)[self._order(step)]
+            for step in self.steps[: self._alone]
+        ]
+        rows = torch.cat(clear)
+        return list(rows.split([len(ids) for ids in self.requests]))
+
+    def _order(self, step: BorderStep) -> torch.Tensor:
+        """The row sent (T,) that each row of the batch is; of equal rows any."""
+        sent = {row.numpy().tobytes(): i for i, row in enumerate(step.rows)}
+        return torch.tensor([sent[row.numpy().tobytes()] for row in step.hidden])
 
     def sent(self, step: int) -> torch.Tensor:
         """The row of the batch (T,) that each row sent is; of equal rows any."""
@@ -51,10 +80,8 @@ class Truth:
         if self._columns is None:
             longest = max(range(len(self.steps)), key=lambda i: len(self.steps[i].rows))
             step = self.steps[longest]
-            clear = torch.empty_like(step.v)
-            clear[self.sent(longest)] = step.values_sent()
-            known = self.sent(longest).unique()
-            clear, coded = clear[known].permute(1, 2, 0), step.v[known].permute(1, 2, 0)
+            clear = step.values_sent()[self._order(step)].permute(1, 2, 0)
+            coded = step.v.permute(1, 2, 0)
             distance = torch.cdist(
                 coded, clear, compute_mode="donot_use_mm_for_euclid_dist"
             )
@@ -68,15 +95,28 @@ class Truth:
 def score(claims: Sequence[Claim], truth: Truth) -> Score:
     """The score of the claims of one label, which are all about the same kind."""
     parts = [_SCORERS[claim.about](claim, truth) for claim in claims]
-    attacked = sum(part[1] for part in parts)
-    right = sum(part[0] for part in parts)
-    floor = sum(part[2] * part[1] for part in parts)
+    attacked = sum(part.attacked for part in parts)
+    right = sum(part.right for part in parts)
+    floor = sum(part.floor * part.attacked for part in parts)
+    errors = torch.cat([part.errors for part in parts]) if parts else NO_ERRORS
     share = max(attacked, 1)
-    return Score(right / share, floor / share, attacked, sum(part[3] for part in parts))
+    return Score(
+        right / share,
+        floor / share,
+        attacked,
+        sum(part.of for part in parts),
+        float(errors.median()) if len(errors) else None,
+    )
 
 
-# Right, attacked, chance floor of one, and how many there are.
-_Part = tuple[int, int, float, int]
+class _Part(NamedTuple):
+    right: int
+    attacked: int
+    floor: float
+    """The chance of one."""
+    of: int
+    """How many there are."""
+    errors: torch.Tensor = NO_ERRORS
 
 
 def _tokens(claim: Claim, expected: torch.Tensor, truth: Truth) -> _Part:
@@ -84,7 +124,7 @@ def _tokens(claim: Claim, expected: torch.Tensor, truth: Truth) -> _Part:
     right = int((claim.values == attacked).sum())
     again = float(torch.isin(attacked, claim.given).float().mean())
     floor = max(_most_common(truth.requests), again)
-    return right, len(attacked), floor, len(expected)
+    return _Part(right, len(attacked), floor, len(expected))
 
 
 def _most_common(requests: Sequence[torch.Tensor]) -> float:
@@ -109,14 +149,15 @@ def _sent_tokens(claim: Claim, truth: Truth) -> _Part:
 def _cache_bag(claim: Claim, truth: Truth) -> _Part:
     ids = truth.requests[claim.index]
     common = Counter(claim.values.tolist()) & Counter(ids.tolist())
-    return common.total(), len(claim.values), _most_common(truth.requests), len(ids)
+    floor = _most_common(truth.requests)
+    return _Part(common.total(), len(claim.values), floor, len(ids))
 
 
 def _step_bag(claim: Claim, truth: Truth) -> _Part:
     claimed = set(claim.values.tolist())
     true = set(truth.step_ids[claim.index].tolist())
     union = len(claimed | true)
-    return len(claimed & true), union, len(true) / truth.vocabulary, union
+    return _Part(len(claimed & true), union, len(true) / truth.vocabulary, union)
 
 
 def _text(claim: Claim, truth: Truth) -> _Part:
@@ -125,7 +166,7 @@ def _text(claim: Claim, truth: Truth) -> _Part:
     others = [t for r, t in enumerate(truth.requests) if r != claim.index]
     shares = [_in_common(claim.values, other) / len(other) for other in others]
     floor = sum(shares) / max(len(shares), 1)
-    return _in_common(claim.values, ids), len(ids), floor, len(ids)
+    return _Part(_in_common(claim.values, ids), len(ids), floor, len(ids))
 
 
 def _in_common(values: torch.Tensor, ids: torch.Tensor) -> int:
@@ -144,7 +185,7 @@ def _row_order(claim: Claim, truth: Truth) -> _Part:
     step = truth.steps[claim.index]
     right = (step.rows[claim.values] == step.hidden).all(-1)
     same = _equal_rows(step)
-    return int(right.sum()), len(right), float(same.float().mean()), len(right)
+    return _Part(int(right.sum()), len(right), float(same.float().mean()), len(right))
 
 
 def _equal_rows(step: BorderStep) -> torch.Tensor:
@@ -155,7 +196,25 @@ def _equal_rows(step: BorderStep) -> torch.Tensor:
 def _columns(claim: Claim, truth: Truth) -> _Part:
     expected = truth.columns()
     right = int((claim.values == expected).sum())
-    return right, expected.numel(), 1 / expected.shape[-1], expected.numel()
+    return _Part(right, expected.numel(), 1 / expected.shape[-1], expected.numel())
+
+
+def _vectors(claim: Claim, truth: Truth) -> _Part:
+    """The floor is the share of vectors that their mean is as near to."""
+    everything = torch.cat(truth.vectors)
+    mean = everything.mean(0)
+    spread = (everything - mean).square().sum(-1).mean(0).sqrt()
+    true = truth.vectors[claim.index]
+    attacked = true[claim.first :]
+    errors = (claim.values - attacked).norm(dim=-1) / spread
+    blind = (mean - attacked).norm(dim=-1) / spread
+    return _Part(
+        int((errors < DECODED).sum()),
+        errors.numel(),
+        float((blind < DECODED).float().mean()),
+        true[..., 0].numel(),
+        errors.flatten(),
+    )
 
 
 def _equality(claim: Claim, truth: Truth) -> _Part:
@@ -165,7 +224,7 @@ def _equality(claim: Claim, truth: Truth) -> _Part:
     claimed = (claim.values[:, None] == claim.values) & pairs
     union = int((true | claimed).sum())
     floor = int(true.sum()) / max(int(pairs.sum()), 1)
-    return int((true & claimed).sum()), union, floor, union
+    return _Part(int((true & claimed).sum()), union, floor, union)
 
 
 _SCORERS = {
@@ -178,4 +237,5 @@ _SCORERS = {
     About.ROW_ORDER: _row_order,
     About.COLUMNS: _columns,
     About.EQUALITY: _equality,
+    About.VECTORS: _vectors,
 }

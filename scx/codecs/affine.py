@@ -6,9 +6,10 @@ q(k + a)^T = qk^T + qa^T, the same constant more for all keys of a query, which
 softmax does not see; and the weights sum to one, so the output is (o + b) B, which
 B^-1 and b undo. Attention and its cache are the stock ones.
 
-Unlike a permutation it mixes features, so their values do not survive. Any fixed
-linear map still falls to a handful of known tokens, which `python -m scx audit
---codec affine` measures.
+Unlike a permutation it mixes features, so their values do not survive in a cache. Any
+fixed map still falls to least squares over vectors that are known with their encoding:
+a handful of known tokens, or one step at the border. `python -m scx audit --codec
+affine` measures both.
 """
 
 import math
@@ -32,10 +33,13 @@ class AffineCodec(FeatureCodec):
 
     Calculated in float32 at least and rounded once in each direction. Where the
     heads are bfloat16 or float16, errors of that rounding can be up to CONDITION
-    times those of the heads themselves.
+    times those of the heads themselves, if no feature is far larger than the rest:
+    its rounding is spread over the whole head (docs/affine-numerics.json). Heads of
+    float16 whose norm is below 32,752 stay finite.
     """
 
     name = "affine"
+    largest_key_bias = 20.0
 
     def __init__(
         self, key_maps: torch.Tensor, value_maps: torch.Tensor, offsets: torch.Tensor

@@ -1,5 +1,6 @@
 """What every codec of features is to the rest of the package."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, NoReturn
@@ -20,6 +21,8 @@ class FeatureCodec(ABC):
 
     name: ClassVar[str]
     """Its name in `scx.keys.CODECS`."""
+    largest_key_bias: ClassVar[float] = math.inf
+    """The key bias above which heads of 16 bits lose more than the codec's class says."""
     kv_heads: int
     """M"""
     head_dim: int

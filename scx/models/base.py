@@ -1,5 +1,6 @@
 """What every encoded model class does beyond its stock class."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -99,6 +100,28 @@ class SCXForCausalLM(nn.Module):
                     "stale compiled graph was loaded; set VLLM_DISABLE_COMPILE_CACHE=1"
                 )
         return result
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """As the stock class. Warns of key biases that cost the codec accuracy."""
+        stock: Any = super()
+        loaded = stock.load_weights(weights)
+        bound = codecs.load(get_scx_config().codec).largest_key_bias
+        for attention in self.encoded:
+            bias = attention.qkv_proj.bias
+            if bias is None or bias.dtype == torch.float32:
+                continue
+            keys = bias[attention.q_size : attention.q_size + attention.kv_size]
+            if (largest := keys.abs().max().item()) > bound:
+                logger.warning(
+                    "SCX layer %d: a key bias of %.0f, above %.0f, so %s rounds worse in "
+                    "%s than the model itself: use float32, or SCX_CODEC=permutation",
+                    attention.layer_index,
+                    largest,
+                    bound,
+                    get_scx_config().codec,
+                    str(bias.dtype).removeprefix("torch."),
+                )
+        return loaded
 
 
 def _attach_secure_layers(

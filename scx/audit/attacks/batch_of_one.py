@@ -18,6 +18,7 @@ class BatchOfOne(Attack):
 
     name = "batch of one"
     adversary = "A2"
+    given_text = True
 
     def run(self, knowledge: Knowledge, view: View, budget: Budget) -> Outcome:
         singles = [

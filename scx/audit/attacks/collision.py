@@ -24,6 +24,7 @@ class Collision(Attack):
 
     name = "KV collision, sorted"
     adversary = "A1"
+    given_text = True
     tried = 0.25
     """A token is given up after this share of the vocabulary."""
 

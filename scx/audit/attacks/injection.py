@@ -50,6 +50,7 @@ class InjectionInTheClear(Injection):
     repeats at best."""
 
     name = "injection, were the cache in the clear"
+    given_text = True
     random_control = False
 
     def cache(self, knowledge: Knowledge, view: View, request: int) -> DynamicCache:

@@ -3,7 +3,7 @@
 import torch
 
 from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
-from scx.audit.matching import distances, nearest, sorted_heads
+from scx.audit.matching import assign, distances, sorted_heads
 from scx.audit.views import BorderStep, View
 
 
@@ -12,12 +12,13 @@ def link(step: BorderStep) -> tuple[torch.Tensor, torch.Tensor]:
     that each encoded feature of V is.
 
     A permutation of a head's features leaves its sorted values as they are. They
-    match the rows; with the rows in order, equal columns match the features.
+    match the rows; with the rows in order, equal columns match the features. Each row
+    and each feature has one partner.
     """
     sent, coded = step.values_sent(), step.v
-    order = nearest(sorted_heads(coded), sorted_heads(sent))
+    order = assign(distances(sorted_heads(coded), sorted_heads(sent)))
     gaps = distances(coded.permute(1, 2, 0), sent[order].permute(1, 2, 0))
-    return order, gaps.argmin(-1)
+    return order, torch.stack([assign(head) for head in gaps])
 
 
 class Linking(Attack):

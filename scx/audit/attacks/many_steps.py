@@ -4,7 +4,7 @@ import torch
 
 from scx.audit.attacks.moments import public_values
 from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
-from scx.audit.matching import distances
+from scx.audit.matching import assign, distances
 from scx.audit.views import View
 
 QUANTILES = 65
@@ -16,21 +16,10 @@ def profiles(heads: torch.Tensor) -> torch.Tensor:
     return torch.quantile(heads.permute(1, 2, 0), points, dim=-1).permute(1, 2, 0)
 
 
-def pair(gaps: torch.Tensor) -> torch.Tensor:
-    """A permutation (D,) that gives each row of (D, D) a column, the least gap first."""
-    size = len(gaps)
-    partner = torch.full((size,), -1)
-    taken = torch.zeros(size, dtype=torch.bool)
-    for flat in gaps.flatten().argsort().tolist():
-        row, column = divmod(flat, size)
-        if partner[row] < 0 and not taken[column]:
-            partner[row], taken[column] = column, True
-    return partner
-
-
 class ManySteps(Attack):
     """All rows of V that were cached under one key, against V of public text: a feature
-    is paired with the clear one that is most alike in distribution.
+    is paired with the clear one that is most alike in distribution, so that all pairs
+    together are as alike as can be.
 
     Source: AloePri's and GELO's column-moment attacks (arXiv 2603.01499, 2603.05035),
     with quantiles for moments.
@@ -46,6 +35,6 @@ class ManySteps(Attack):
         claims = {}
         for rows in (len(cached), *(n for n in self.rows if n < len(cached))):
             gaps = distances(profiles(cached[:rows]), public)
-            columns = torch.stack([pair(head) for head in gaps])
+            columns = torch.stack([assign(head) for head in gaps])
             claims[f"{rows} rows"] = [Claim(About.COLUMNS, 0, columns)]
         return Outcome(claims)

@@ -34,9 +34,6 @@ class Moments(Attack):
     """Whitens cached V with its own mean and covariance, and the dictionary of layer 0
     with those of public text; then compares M norms a token.
 
-    The last line uses the mean and covariance of the very text, which it is given: what
-    the attack would do with perfect moments.
-
     Source: measured in this project.
     """
 
@@ -45,20 +42,28 @@ class Moments(Attack):
     scope = "layer 0"
 
     def run(self, knowledge: Knowledge, view: View, budget: Budget) -> Outcome:
-        model = knowledge.model
         cached = torch.cat([cache.v for cache in view.cache])
-        lengths = [len(cache.v) for cache in view.cache]
         seen = whitened_norms(cached, cached)
-        text = torch.cat(
-            [knowledge.plaintext.prefix(r, n) for r, n in enumerate(lengths)]
-        )
-        table = model.value_table
-        samples = {
-            "of public text": public_values(model, knowledge.public_text),
-            "of the very text": table[text],
-        }
-        claims = {}
-        for label, sample in samples.items():
-            tokens = nearest(seen, whitened_norms(table, sample)).split(lengths)
-            claims[label] = request_tokens(tokens)
-        return Outcome(claims)
+        sample = self.sample(knowledge, view)
+        table = whitened_norms(knowledge.model.value_table, sample)
+        lengths = [len(cache.v) for cache in view.cache]
+        return Outcome({"": request_tokens(nearest(seen, table).split(lengths))})
+
+    def sample(self, knowledge: Knowledge, view: View) -> torch.Tensor:
+        """V in the clear (S, M, D) whose moments are taken."""
+        return public_values(knowledge.model, knowledge.public_text)
+
+
+class PerfectMoments(Moments):
+    """The same with the moments of the very text, which it is given: what the attack
+    would do at best."""
+
+    name = "moments, whitened head norms, of the very text"
+    given_text = True
+
+    def sample(self, knowledge: Knowledge, view: View) -> torch.Tensor:
+        texts = [
+            knowledge.plaintext.prefix(r, len(cache.v))
+            for r, cache in enumerate(view.cache)
+        ]
+        return knowledge.model.value_table[torch.cat(texts)]

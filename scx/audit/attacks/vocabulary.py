@@ -4,7 +4,15 @@ from collections.abc import Sequence
 
 import torch
 
-from scx.audit.interface import About, Attack, Budget, Claim, Knowledge, Outcome
+from scx.audit.interface import (
+    NO_TOKENS,
+    About,
+    Attack,
+    Budget,
+    Claim,
+    Knowledge,
+    Outcome,
+)
 from scx.audit.matching import (
     Reading,
     features_of_table,
@@ -31,7 +39,7 @@ def search_each(
     model: LayerModel,
     readings: Sequence[tuple[int, Reading]],
     budget: Budget,
-    given: torch.Tensor | None = None,
+    given: torch.Tensor = NO_TOKENS,
 ) -> tuple[list[Claim], str]:
     """Tokens of requests, found one after another; the shortest request first.
 
@@ -39,14 +47,12 @@ def search_each(
     finds unlikely, hence late, does not stop all. `given` is that of `Claim`. Returns
     the claims and what the budget cut.
     """
-    nothing = torch.empty(0, dtype=torch.int64)
     claims = []
     by_length = sorted(readings, key=lambda pair: len(pair[1].target))
     for i, (request, reading) in enumerate(by_length):
-        tokens = search(model, reading, nothing, budget.part(1 / (len(readings) - i)))
+        tokens = search(model, reading, NO_TOKENS, budget.part(1 / (len(readings) - i)))
         if len(tokens):
-            seen = nothing if given is None else given
-            claims.append(Claim(About.REQUEST_TOKENS, request, tokens, given=seen))
+            claims.append(Claim(About.REQUEST_TOKENS, request, tokens, given=given))
     return claims, cut_of(claims, sum(len(reading.target) for _, reading in readings))
 
 
