@@ -128,7 +128,7 @@ def lose_a_trip(model, mode):
     start = time.monotonic()
     # As a kernel does that is stopped after its first store.
     host.mailbox.request[0] = 4
-    host.mailbox.bell[0] += 1
+    host.mailbox.ready[0] += 1
     for thread in host.workers.threads:
         thread.join(60)
     try:

@@ -1,7 +1,7 @@
 """The workers of the host device, with a stand-in for the accelerator's kernel.
 
 The stand-in does in numpy what `scx.kernels.exchange` does on a GPU: write rows
-and positions, raise the flags, ring the bell, wait for the answer. The kernel
+and positions, raise the flags, wait for the answer. The kernel
 itself is tested in test_gpu.py.
 """
 
@@ -52,7 +52,7 @@ class StandIn:
     def ring(self, hop, tokens):
         box, self.turn = self.host.mailbox, self.turn + 1
         box.request[0] = hop << ROWS_BITS | tokens
-        box.bell[0] = self.turn
+        box.ready[0] = self.turn
 
     def exchange(self, rows, hop, positions=None):
         box, tokens = self.host.mailbox, len(rows)
@@ -61,7 +61,7 @@ class StandIn:
         box.inbox[: rows.numel()] = rows.flatten()
         if positions is not None:
             box.positions[:tokens] = positions
-        box.ready[flags] = self.turn + 1
+        box.ready[flags][1:] = self.turn + 1
         self.ring(hop, tokens)
         deadline = time.monotonic() + 20
         while not (box.done[flags] == self.turn).all():
@@ -370,7 +370,7 @@ def test_no_randomness_ends_the_workers(hop, log, monkeypatch):
     loop = host_worker.worker_loop.__wrapped__
     monkeypatch.setattr(host_worker, "worker_loop", loop)
     host = small_host()
-    host.mailbox.ready[::FLAG_STRIDE] = 1
+    host.mailbox.ready[FLAG_STRIDE::FLAG_STRIDE] = 1
     StandIn(host).ring(hop, 4)
     assert ended(host)
     assert_forsaken(host, "randomness")
@@ -399,7 +399,7 @@ def test_a_request_that_no_step_makes_ends_the_workers(case):
     widths = {ENCODE_ROWS: 8, ENCODE_FEATURES: 24, DECODE_FEATURES: 8}
     for earlier, rows in before:
         accelerator.exchange(torch.zeros(rows, widths[earlier]).bfloat16(), earlier)
-    host.mailbox.ready[::FLAG_STRIDE] = accelerator.turn + 1
+    host.mailbox.ready[FLAG_STRIDE::FLAG_STRIDE] = accelerator.turn + 1
     accelerator.ring(hop, tokens)
     assert ended(host)
     assert_forsaken(host, "no step makes")
@@ -431,10 +431,9 @@ def test_whatever_the_accelerator_writes_the_workers_end():
     for turn in range(2000):
         words = generator.integers(-(2**63), 2**63 - 1, 3)
         box.positions[:] = int(words[0])
-        box.ready[::FLAG_STRIDE] = turn + 1
         hop, tokens = generator.integers(0, 6), generator.integers(1, 65)
         valid = int(hop) << ROWS_BITS | int(tokens)
         box.request[0] = valid if turn % 50 else int(words[1])
-        box.bell[0] = turn + 1
+        box.ready[::FLAG_STRIDE] = turn + 1
     host.close()
     assert ended(host, seconds=0)

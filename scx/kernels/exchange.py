@@ -109,7 +109,6 @@ def _exchange(
     inbox_positions,
     ready,
     done,
-    bell,
     request,
     sequence,
     arrivals,
@@ -136,10 +135,9 @@ def _exchange(
                 row = first + tl.arange(0, _CHUNK_ROWS)
                 inside = row < last
                 tl.store(inbox_positions + row, tl.load(positions + row, inside), inside)
-            _raise_flag(ready + chunk * _FLAG_STRIDE, turn)
             if chunk == 0:
                 tl.store(request, (tl.cast(hop, tl.int64) << _ROWS_BITS) | num_tokens)
-                _raise_flag(bell, turn)
+            _raise_flag(ready + chunk * _FLAG_STRIDE, turn)
     else:
         for chunk in range(program - lanes, chunks, lanes):
             first = tl.cast(chunk, tl.int64) * chunk_rows
@@ -189,7 +187,6 @@ def exchange(
         mailbox.positions,
         mailbox.ready,
         mailbox.done,
-        mailbox.bell,
         mailbox.request,
         sequence,
         arrivals,

@@ -1,6 +1,6 @@
 """The host's half of the trip: threads of compiled code that serve the flags.
 
-`scx.kernels.exchange` has the other half. Worker 0 leads: it hears the bell, checks
+`scx.kernels.exchange` has the other half. Worker 0 leads: it sees a trip begin, checks
 what the accelerator asks for, draws the random words of the step's row order, and
 announces the trip to the others. Then every worker claims one chunk after another: it
 waits for the rows that it needs, encodes or decodes, and raises the chunk's flag. So a
@@ -10,9 +10,9 @@ lock. They spin for a while after their last work and then nap.
 Who writes and who reads each shared word:
 
     word     written by        read by      why that order is safe
-    bell     accelerator       worker 0     released after `request`
     request  accelerator       worker 0     read once, checked, copied to `trip`
-    ready    accelerator       all workers  released after the chunk's rows and positions
+    ready    accelerator       all workers  released after the chunk's rows and positions;
+                                            the first chunk's also after `request`
     done     all workers       accelerator  released after the chunk's answer
     TURN     worker 0          the others   released after `trip`, the words and CLAIMS
     CLAIMS   all workers       all workers  compare-exchange; it holds the turn, so that a
@@ -22,7 +22,7 @@ Who writes and who reads each shared word:
     STOP     any thread        all workers  ends every wait
     STATUS   first that fails  all workers  compare-exchange from OK; ends every wait
 
-The first four lie in memory that the accelerator can write at any time. It is not
+The first three lie in memory that the accelerator can write at any time. It is not
 trusted: what comes from there is only compared, or checked after it was read once, or
 copied as data. The rest is this process's own.
 
@@ -102,7 +102,6 @@ class Shared(NamedTuple):
     positions: Any
     ready: Any
     done: Any
-    bell: Any
     request: Any
 
 
@@ -208,21 +207,25 @@ def _waits() -> tuple[Callable, Callable, Callable]:
         return _ENDED
 
     @helper
-    def wait_for_trip(bell, heard, own):
-        """OK and the turn at address `bell` once it is not `heard`, or _ENDED."""
-        spins = naps = 0
+    def wait_for_trip(flag, last, own, idle):
+        """OK and the turn at address `flag` once it is not the `last` one, or _ENDED.
+
+        `idle`, int64 (2,), counts what this worker waited: spins since it last had work,
+        naps since the last trip.
+        """
         while True:
-            turn = load_acquire(bell)
-            if turn != heard:
+            turn = load_acquire(flag)
+            if turn != last:
+                idle[1] = 0
                 return OK, turn
             if _ends(own):
-                return _ENDED, heard
-            if spins < _SPINS:
-                spin(spins)
-                spins += 1
-            elif naps < _SHORT_NAPS:
+                return _ENDED, last
+            if idle[0] < _SPINS:
+                spin(idle[0])
+                idle[0] += 1
+            elif idle[1] < _SHORT_NAPS:
                 usleep(_SHORT_NAP_MICROSECONDS)
-                naps += 1
+                idle[1] += 1
             else:
                 usleep(_LONG_NAP_MICROSECONDS)
 
@@ -398,15 +401,15 @@ def worker_loop(dtype: torch.dtype, codec: str) -> Any:
     @helper
     def serve_trips(worker, shared, own):
         control, leads = own.control, worker == 0
-        bell = _address(shared.bell, 0) if leads else _address(control, TURN)
+        flag = _address(shared.ready, 0) if leads else _address(control, TURN)
         own_served = _address(own.served, FLAG_STRIDE * worker)
         pi = np.empty(2 * GROUP_ROWS, np.int32)
         order = _Order(pi, np.empty_like(pi), np.empty(1, np.int64))
-        moment = np.empty(2, np.int64)
+        moment, idle = np.empty(2, np.int64), np.zeros(2, np.int64)
         turn = served = announced = np.int64(0)
         start = np.int64(0)
         while True:
-            status, turn = wait_for_trip(bell, turn, own)
+            status, turn = wait_for_trip(flag, turn, own, idle)
             if leads and status == OK:
                 start = nanoseconds(moment)
                 store_release(_address(control, BUSY_SINCE), start)
@@ -422,7 +425,7 @@ def worker_loop(dtype: torch.dtype, codec: str) -> Any:
             hop, tokens = own.hops[own.trip[TRIP_HOP]], own.trip[TRIP_TOKENS]
             kind, layer, width = hop[HOP_KIND], hop[HOP_LAYER], hop[HOP_WIDTH]
             trip = _Trip(turn, kind, layer, width, tokens, _chunk_rows_of(tokens))
-            order.begin[0] = -1
+            order.begin[0], idle[0] = -1, 0
             while chunk >= 0:
                 status = serve_chunk(shared, own, trip, order, chunk)
                 if status != OK:

@@ -4,8 +4,9 @@ The accelerator numbers its trips: 1, 2, 3. The turn is a signed 64-bit word, wh
 trips of a microsecond each fill in 292,000 years. It raises a chunk's `ready` flag
 to the turn in which it sent the chunk, and the host raises `done` to the turn in
 which it answered. `request` says which hop of which layer the trip is, and for how
-many rows; it is written before the bell rings. Nothing else is told: how rows are
-cut into chunks and groups follows from their number.
+many rows; it is written before the flag of the first chunk, which begins the trip.
+Nothing else is told: how rows are cut into chunks and groups follows from their
+number.
 """
 
 from dataclasses import dataclass
@@ -86,8 +87,6 @@ class Mailbox:
     """int64, a cache line per chunk: the turn in which it was sent."""
     done: torch.Tensor
     """int64, a cache line per chunk: the turn in which it was answered, or FORSAKEN."""
-    bell: torch.Tensor
-    """int64 (1,): the turn that began last."""
     request: torch.Tensor
     """int64 (1,): the hop, shifted by ROWS_BITS, and the rows of that turn."""
 
@@ -107,7 +106,6 @@ class Mailbox:
             positions=zeros(max_tokens, torch.int64),
             ready=zeros(chunks * FLAG_STRIDE, torch.int64),
             done=zeros(chunks * FLAG_STRIDE, torch.int64),
-            bell=zeros(1, torch.int64),
             request=zeros(1, torch.int64),
         )
 
