@@ -22,6 +22,7 @@ from tests.engines import (
 from tests.quantized_models import save_quantized
 from tests.test_key_exchange import new_key_file, run_on_store
 from tests.test_kv_cache import EAGER, LAYERS, assert_encoded, caches
+from tests.test_rotary import longrope_runs
 from tests.tiny_models import PROMPTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -171,6 +172,45 @@ def test_a_cache_that_is_offloaded_to_the_host(tiny_llama):
     for name in ENCODED:
         result = in_new_process(offload, tiny_llama, env=SETTINGS[name])
         assert result == (tokens, rows)
+
+
+LOOK_UP = {
+    "speculative_config": {
+        "method": "ngram_gpu",
+        "num_speculative_tokens": 2,
+        "prompt_lookup_max": 3,
+    },
+    "disable_log_stats": False,
+}
+
+
+def speculate(run):
+    llm = engine(**run)
+    tokens = greedy(llm, PROMPTS, max_tokens=64)
+    counters = {metric.name: metric for metric in llm.get_metrics()}
+    shut_down(llm)
+    drafted = counters.get("vllm:spec_decode_num_draft_tokens")
+    return tokens, drafted.value if drafted else 0
+
+
+@pytest.mark.parametrize("mode", [EAGER, COMPILED], ids=["eager", "graphs"])
+def test_drafts_that_the_gpu_looks_up(mode, tiny_llama):
+    run = {"model": tiny_llama, "skip_tokenizer_init": True} | TRITON | mode
+    (native, none) = in_new_process(speculate, run)
+    assert not none
+    for name in ENCODED:
+        env = SETTINGS[name]
+        tokens, drafted = in_new_process(speculate, run | LOOK_UP, env=env)
+        assert drafted > 0
+        assert tokens == native
+
+
+def test_both_tables_of_longrope(tmp_path):
+    """As test_rotary.py has it, in the fused kernels and in graphs."""
+    runs = longrope_runs(tmp_path, TRITON | COMPILED)
+    native = in_new_process(generate_each, runs, PROMPTS)
+    for name in ENCODED:
+        assert in_new_process(generate_each, runs, PROMPTS, env=SETTINGS[name]) == native
 
 
 # What a cache holds, and what another process reads of it.

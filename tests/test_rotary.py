@@ -135,12 +135,12 @@ def test_what_cannot_be_encoded_is_named(rope, text):
     assert len(obstacle.splitlines()) == 1
 
 
-def test_longrope_gives_native_tokens(tmp_path):
-    """As in Phi-3-mini-128k and Phi-4-mini, within the original length and beyond it."""
-    runs = [
+def longrope_runs(folder, settings):
+    """Engines of which one stays within the original length and the other goes beyond."""
+    return [
         {
             "model": tiny_models.save(
-                tmp_path / name,
+                folder / name,
                 "Phi3ForCausalLM",
                 pad_token_id=0,
                 original_max_position_embeddings=512,
@@ -149,8 +149,14 @@ def test_longrope_gives_native_tokens(tmp_path):
             "max_model_len": length,
             "skip_tokenizer_init": True,
         }
+        | settings
         for name, length in (("longrope", 512), ("longrope, partial", 1024))
     ]
+
+
+def test_longrope_gives_native_tokens(tmp_path):
+    """As in Phi-3-mini-128k and Phi-4-mini."""
+    runs = longrope_runs(tmp_path, {})
     native, encoded = (
         in_new_process(
             generate_each, runs, tiny_models.PROMPTS, env={"SCX_ENC_LAYERS": layers}
