@@ -179,13 +179,12 @@ LOOK_UP = {
         "method": "ngram_gpu",
         "num_speculative_tokens": 2,
         "prompt_lookup_max": 3,
-    },
-    "disable_log_stats": False,
+    }
 }
 
 
 def speculate(run):
-    llm = engine(**run)
+    llm = engine(**run, skip_tokenizer_init=True, disable_log_stats=False)
     tokens = greedy(llm, PROMPTS, max_tokens=64)
     counters = {metric.name: metric for metric in llm.get_metrics()}
     shut_down(llm)
@@ -195,8 +194,8 @@ def speculate(run):
 
 @pytest.mark.parametrize("mode", [EAGER, COMPILED], ids=["eager", "graphs"])
 def test_drafts_that_the_gpu_looks_up(mode, tiny_llama):
-    run = {"model": tiny_llama, "skip_tokenizer_init": True} | TRITON | mode
-    (native, none) = in_new_process(speculate, run)
+    run = {"model": tiny_llama} | TRITON | mode
+    native, none = in_new_process(speculate, run)
     assert not none
     for name in ENCODED:
         env = SETTINGS[name]
