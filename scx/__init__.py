@@ -5,7 +5,7 @@ in every process it starts, with or without a use for it.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -18,10 +18,11 @@ def _init_vllm_plugin() -> None:
     nothing. Raises SCXConfigError where an SCX_* variable is malformed, and
     SCXUnsupportedError where vLLM lacks what encoding is refused by.
     """
-    from scx import engine, plugin
+    with _plugins_count_as_loaded_after():
+        from scx import engine, plugin
 
-    plugin.join()
-    engine.register()
+        plugin.join()
+        engine.register()
 
 
 if TYPE_CHECKING:
@@ -39,8 +40,22 @@ def __getattr__(name: str) -> Callable[[], None]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # vLLM logs what a lookup raises and goes on plain. The call does the same again, and
     # what it raises ends the engine.
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), _plugins_count_as_loaded_after():
         from scx import plugin
 
         plugin.join()
     return _init_vllm_plugin
+
+
+@contextlib.contextmanager
+def _plugins_count_as_loaded_after() -> Iterator[None]:
+    """Where the body fails, vLLM loads plugins once more in this process.
+
+    It notes that they are loaded before it loads them. Left so, a second attempt would
+    meet no error of ours, and go on plain.
+    """
+    import vllm.plugins
+
+    loaded, vllm.plugins.plugins_loaded = vllm.plugins.plugins_loaded, False
+    yield
+    vllm.plugins.plugins_loaded = loaded

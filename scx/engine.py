@@ -177,7 +177,7 @@ def claim_store(vllm_config: "VllmConfig", root: RootKey) -> None:
 
 def uses_host_device(config: SCXConfig, model_config: "ModelConfig") -> bool:
     """Whether the secure step is host work that a CUDA graph can hold."""
-    return config.secure_device == "cpu" and _has_fused_kernels(model_config)
+    return config.secure_device in ("cpu", "cpu:0") and _has_fused_kernels(model_config)
 
 
 def uses_accelerator(config: SCXConfig, model_config: "ModelConfig") -> bool:

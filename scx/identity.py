@@ -26,7 +26,10 @@ _FACTS = (
     "hidden_act",
     "rms_norm_eps",
     "rope_parameters",
+    "max_position_embeddings",
     "sliding_window",
+    "layer_types",
+    "max_window_layers",
 )
 # The first kind that a folder has, as vLLM prefers them.
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
@@ -68,6 +71,7 @@ def _weights(model: str, revision: str | None) -> str:
         if not isinstance(cached, str):
             return f"{model} {revision}"
         path = Path(cached).parent
+    path = path.resolve()
     if path.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", path.name):
         return path.name
     digest = hashlib.sha256()
@@ -84,5 +88,12 @@ def _weights(model: str, revision: str | None) -> str:
 def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    kinds: Iterator[list[Path]] = (sorted(path.glob(kind)) for kind in _WEIGHTS)
+    kinds: Iterator[list[Path]] = (
+        sorted(file for file in path.glob(kind) if _is_weights(file)) for kind in _WEIGHTS
+    )
     return next((files for files in kinds if files), [])
+
+
+def _is_weights(file: Path) -> bool:
+    """Whether it is of the model itself; an adapter may lie beside it."""
+    return file.is_file() and not file.name.startswith("adapter_")

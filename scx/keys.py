@@ -271,14 +271,20 @@ def _reject(variable: str, value: object, allowed: str) -> NoReturn:
 
 
 # Kubernetes gives such variables to each pod, for a service that is called scx-vllm, say.
-_SERVICE = re.compile("_(SERVICE_HOST|SERVICE_PORT|PORT)(_[0-9A-Z_]+)?")
+_SERVICE = re.compile(
+    r"SCX_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
+)
+# Those of sched_ext, schedulers for Linux, whose files are called scx too.
+_FOREIGN = ("SCX_SCHEDULER", "SCX_FLAGS")
 
 
 def _reject_unknown(environ: Mapping[str, str]) -> None:
     """A variable that nobody reads is a setting that silently does not hold."""
     for name in environ:
         known = name.strip().upper()
-        if not known.startswith("SCX_") or name in VARIABLES or _SERVICE.search(known):
+        if not known.startswith("SCX_") or name in (*VARIABLES, *_FOREIGN):
+            continue
+        if _SERVICE.fullmatch(known) and not known.startswith(VARIABLES):
             continue
         nearest = difflib.get_close_matches(known, VARIABLES, 1, cutoff=0)
         # Without its value: what was meant may be the key itself.
@@ -359,12 +365,16 @@ def _read_key_file(path: Path) -> bytes:
         _reject(KEY_FILE, str(path), f"{error.strerror}; allowed is {allowed}")
     if status.st_uid not in (0, os.geteuid()):
         owner = f"it belongs to the user {status.st_uid}, not to {os.geteuid()} or root"
-        _reject(KEY_FILE, str(path), f"{owner}; allowed is {allowed}")
+        _reject(KEY_FILE, str(path), f"{owner}: {copy}")
     if status.st_mode & 0o077:
         mode = stat.S_IMODE(status.st_mode)
         _reject(KEY_FILE, str(path), f"its mode is {mode:04o}, not 0600: {copy}")
     if len(content) != KEY_BYTES:
-        _reject(KEY_FILE, str(path), f"it has {status.st_size} bytes; {allowed}")
+        _reject(
+            KEY_FILE,
+            str(path),
+            f"it has {status.st_size} bytes, with any newline or encoding; {allowed}",
+        )
     # Of random files not one in 10^13 is refused here.
     is_text = content.isascii() and content.decode().isprintable()
     if is_text or len(set(content)) < KEY_BYTES // 4:

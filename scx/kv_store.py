@@ -6,9 +6,11 @@ setting before weights load. Nothing in it is secret.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +29,8 @@ FOLDER = "shared_storage_path"
 DEFAULT_FOLDER = "/tmp"  # noqa: S108 - vLLM's, where FOLDER is not set
 LABEL = "scx.json"
 _LABEL_BYTES = 1 << 16
+# What file systems without hard links say to them.
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _SHOWN = 200
 """Characters of a label's value in an error."""
 _NO_LABEL = f"its {LABEL} is no label of this package"
@@ -162,22 +166,34 @@ def _write_once(folder: Path, label: Mapping[str, Any]) -> None:
     if any(file.name == LABEL for file in files):
         return
     # Drafts are of engines that start at the same time, or that were killed then.
-    if not all(
-        _DRAFT.fullmatch(file.name) and file.is_file(follow_symlinks=False)
+    others = [
+        file.name
         for file in files
-    ):
+        if not (_DRAFT.fullmatch(file.name) and file.is_file(follow_symlinks=False))
+    ]
+    if others:
         _reject(
             folder,
-            f"it holds files but no {LABEL}, so nothing says whose KV they are: {_ANEW}",
+            f"it holds files but no {LABEL}, so nothing says whose KV they are "
+            f"({_shown(min(others))}, for one): {_ANEW}",
         )
     with tempfile.NamedTemporaryFile(
         "w", dir=folder, prefix=f"{LABEL}.", suffix=".draft"
     ) as draft:
         json.dump(label, draft)
         draft.flush()
+        # Nothing in it is secret, and engines of other users may share the folder.
+        os.fchmod(draft.fileno(), 0o644)
         os.fsync(draft.fileno())
         with contextlib.suppress(FileExistsError):
-            (folder / LABEL).hardlink_to(draft.name)
+            try:
+                (folder / LABEL).hardlink_to(draft.name)
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                # Of two engines that start at the same time the later one's label stays,
+                # and both read it.
+                os.replace(shutil.copy(draft.name, f"{draft.name}.copy"), folder / LABEL)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -5,13 +5,20 @@ whoever registered that, when. The second sees every model that was loaded, befo
 worker serves: what the first did not see, or another plugin undid, ends there.
 """
 
+import json
 from collections.abc import Callable
+from datetime import timedelta
 from functools import cache, wraps
 from typing import Any
+
+from torch import distributed
 
 from scx import engine
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
 from scx.keys import ENC_LAYERS, get_scx_config
+
+PATIENCE = timedelta(minutes=5)
+"""How long a rank waits for others to load their part of a model."""
 
 
 @cache
@@ -33,6 +40,13 @@ def join() -> None:
     @wraps(initialize)
     def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> None:
         require_encoded(self.vllm_config, self.worker)
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            require_alike(
+                distributed.distributed_c10d._get_default_store(),
+                distributed.get_rank(),
+                distributed.get_world_size(),
+                engine.record_of(self.vllm_config),
+            )
         initialize(self, *args, **kwargs)
 
     VllmConfig.try_verify_and_update_config = try_verify_and_update_config
@@ -71,3 +85,31 @@ def require_encoded(vllm_config: Any, worker: Any) -> None:
         f"{loaded.__name__} was loaded, which does not encode them: leave out what "
         f"chose that class (a plugin, a loader, an override), or unset {ENC_LAYERS}"
     )
+
+
+def require_alike(store: Any, rank: int, ranks: int, record: Any) -> None:
+    """Raise SCXNotEncodedError unless all ranks of an engine encode alike.
+
+    The ranks of one node have one configuration, and one record of what is encoded. Each
+    node of several makes its own from its own variables. So every rank leaves its record
+    in `store`, torch's key-value store of the process group, and one that encodes looks
+    at all others. One that does not waits for none, as a node may lack this package.
+    """
+    shared = record and {k: v for k, v in record.items() if k != "ranks_here"}
+    ours = json.dumps(shared, sort_keys=True)
+    store.set(f"scx/{rank}", ours)
+    if not record:
+        return
+    ways_out = "give each node the same SCX_* variables and package"
+    for other in range(ranks):
+        try:
+            store.wait([f"scx/{other}"], PATIENCE)
+        except RuntimeError as error:
+            raise SCXNotEncodedError(
+                f"rank {other} does not say what it encodes: {ways_out}"
+            ) from error
+        theirs = store.get(f"scx/{other}").decode()
+        if theirs != ours:
+            raise SCXNotEncodedError(
+                f"rank {other} encodes {theirs}, and rank {rank} {ours}: {ways_out}"
+            )

@@ -423,17 +423,28 @@ def test_positions_beyond_the_table_stay_within_it(position, small):
     assert torch.equal(*results)
 
 
-def test_whatever_the_accelerator_writes_the_workers_end():
-    """Random words in all that it maps, while they serve: no crash, and an end."""
+def test_whatever_the_accelerator_writes_the_workers_serve_and_end():
+    """Random words in all that it maps, while trips are served and then as a request."""
     host = small_host(layers=2)
     generator = np.random.default_rng(0)
-    box = host.mailbox
-    for turn in range(2000):
-        words = generator.integers(-(2**63), 2**63 - 1, 3)
-        box.positions[:] = int(words[0])
-        hop, tokens = generator.integers(0, 6), generator.integers(1, 65)
-        valid = int(hop) << ROWS_BITS | int(tokens)
-        box.request[0] = valid if turn % 50 else int(words[1])
-        box.ready[::FLAG_STRIDE] = turn + 1
-    host.close()
-    assert ended(host, seconds=0)
+    accelerator, box = StandIn(host), host.mailbox
+    for trip in range(300):
+        hop, tokens = 3 * (trip // 3 % 2) + trip % 3, 1 + trip // 3 % 64
+        flags = slice(FLAG_STRIDE, FLAG_STRIDE * tokens, FLAG_STRIDE)
+        box.ready[flags] = accelerator.turn + 1
+        accelerator.ring(hop, tokens)
+        deadline = time.monotonic() + 20
+        chunks = -(-tokens // chunk_rows_of(tokens))
+        done = box.done[: chunks * FLAG_STRIDE : FLAG_STRIDE]
+        while not (done == accelerator.turn).all():
+            assert time.monotonic() < deadline, host.workers.failure
+            words = generator.integers(-(2**63), 2**63 - 1, 64)
+            box.positions.copy_(torch.from_numpy(words))
+            box.inbox.random_(-1000, 1000)
+            if box.done[0] == accelerator.turn:
+                box.request[0] = int(words[0])
+    assert host.counters[:, 1].sum() == 600
+    box.request[0] = -(2**40) - 12345
+    box.ready[0] = accelerator.turn + 1
+    assert ended(host)
+    assert_forsaken(host, "no step makes")

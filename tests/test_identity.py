@@ -67,6 +67,7 @@ def test_a_copy_is_the_same_model(model, copy):
         {"rms_norm_eps": 1e-3},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
         {"rope_parameters": tiny_models.ROPE_VARIANTS["yarn"]},
+        {"max_position_embeddings": 2048},
         {"model_type": "mistral", "sliding_window": 64},
         {"model_type": "qwen2"},
     ],

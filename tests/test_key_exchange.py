@@ -1,5 +1,6 @@
 """KV that one engine stores and another reads: under the same key, or refused."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -133,6 +134,20 @@ def test_only_drafts_of_labels_leave_a_folder_empty(names, tmp_path):
     with pytest.raises(SCXConfigError, match=r"it holds files but no scx\.json"):
         claim(tmp_path)
     assert not (tmp_path / "scx.json").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links_is_labelled_too(number, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    claim(tmp_path)
+    claim(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["scx.json"]
+    assert (tmp_path / "scx.json").stat().st_mode & 0o777 == 0o644
+    with pytest.raises(SCXConfigError, match="key 'aaaa'"):
+        claim(tmp_path, key="bbbb")
 
 
 def claim_and_die(folder):

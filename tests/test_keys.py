@@ -252,6 +252,8 @@ def test_other_names_are_let_be():
     kubernetes = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT")
     names = [f"SCX_VLLM_{rest}" for rest in (*kubernetes, "PORT_8000_TCP_ADDR")]
     names += ["SCXD", "MY_SCX_ENC_LAYER", "VLLM_SCX_SERVICE_HOST"]
+    # Of sched_ext, in /etc/default/scx.
+    names += ["SCX_SCHEDULER", "SCX_FLAGS"]
     assert not keys.parse_config(dict.fromkeys(names, "1")).enabled
 
 

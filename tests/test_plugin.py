@@ -4,13 +4,14 @@ Most cases stop at the configuration: a config.json without weights is enough.
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 
 import pytest
 
 import scx
-from scx import engine, plugin
+from scx import engine, keys, plugin
 from scx.errors import SCXConfigError, SCXNotEncodedError, SCXUnsupportedError
 from tests import tiny_models
 from tests.engines import in_new_process
@@ -220,6 +221,24 @@ def test_our_own_plugin_that_raised_half_way_is_called_again(config):
     assert encoded == [0]
 
 
+def try_again_without_a_library(llama):
+    import sys
+
+    del scx.plugin
+    sys.modules["scx.plugin"] = None  # its import raises
+    found = [configured(llama) for _ in range(2)]
+    del sys.modules["scx.plugin"]
+    return [*found, configured(llama)]
+
+
+def test_a_package_that_cannot_be_imported_is_missed_each_time(config):
+    llama = config("LlamaForCausalLM")
+    *missing, encoded = in_new_process(try_again_without_a_library, llama, env=ON)
+    for found in missing:
+        assert "scx.plugin" in found
+    assert encoded == [0]
+
+
 def look_up_without_a_seam(owner, name):
     from vllm.plugins import load_general_plugins
 
@@ -255,6 +274,107 @@ def test_a_lookup_never_raises_and_the_call_does(monkeypatch):
         found()
     with pytest.raises(AttributeError, match="'scx' has no attribute 'other'"):
         scx.other  # noqa: B018
+
+
+# Layers that another plugin changed.
+
+
+def what_runs_is_refused():
+    """By what was changed: what is said of a layer, or None."""
+    from torch import nn
+    from vllm.model_executor.models.qwen3 import Qwen3Attention
+
+    from scx.models.base import _require_stock
+    from scx.models.qwen3_scx import Qwen3SCXAttention
+    from tests.test_rotary import ROPES, build
+
+    class Mine(Qwen3Attention):
+        pass
+
+    def forward(self, *args):
+        return args
+
+    def say(found=Qwen3Attention, rotary=None, norm=None):
+        layer = Qwen3SCXAttention.__new__(Qwen3SCXAttention)
+        nn.Module.__init__(layer)
+        layer.rotary_emb = rotary or build(ROPES["default"])
+        layer.q_norm, layer.k_norm = nn.Identity(), nn.Identity()
+        for each in (layer.q_norm, layer.k_norm):
+            type(each).__module__, type(each).forward.__module__ = "vllm.x", "vllm.x"
+        if norm:
+            layer.k_norm = norm
+        try:
+            _require_stock(found, layer)
+        except SCXUnsupportedError as error:
+            return str(error)
+
+    rope = build(ROPES["default"])
+    patched = build(ROPES["default"])
+    patched._forward_method = forward
+    said = {
+        "nothing": say(),
+        "longrope": say(rotary=build(ROPES["longrope"])),
+        "a subclass": say(found=Mine),
+        "another class of vLLM's": say(found=type(rope)),
+        "RoPE by another class": say(rotary=type("Mine", (type(rope),), {})),
+        "RoPE's method": say(rotary=patched),
+        "a norm": say(norm=nn.LayerNorm(4)),
+    }
+    Qwen3Attention.forward = forward
+    return said | {"its method": say()}
+
+
+def test_a_layer_that_another_plugin_changed_is_refused_by_name():
+    said = in_new_process(what_runs_is_refused)
+    assert said.pop("nothing") is said.pop("longrope") is None
+    assert "not the class that is encoded" in said.pop("another class of vLLM's")
+    for what, line in said.items():
+        assert "which another plugin put in the place of vLLM's own" in line, what
+        assert len(line.splitlines()) == 1
+
+
+# Ranks, each of which may be on a node of its own.
+
+
+def ranks_say(*records, patience=60):
+    """What each rank raises, or None; a record "-" is a rank without this package."""
+    from datetime import timedelta
+    from unittest import mock
+
+    from torch.distributed import HashStore
+
+    store = HashStore()
+
+    def say(rank):
+        if records[rank] == "-":
+            return None
+        try:
+            plugin.require_alike(store, rank, len(records), records[rank])
+        except SCXNotEncodedError as error:
+            return str(error)
+
+    with (
+        mock.patch.object(plugin, "PATIENCE", timedelta(seconds=patience)),
+        ThreadPoolExecutor(len(records)) as pool,
+    ):
+        return list(pool.map(say, range(len(records))))
+
+
+def test_ranks_that_encode_alike_serve():
+    record = {"layers": [0, 3], "codec": "affine"}
+    assert ranks_say(record | {"ranks_here": 1}, record | {"ranks_here": 2}) == [None] * 2
+    assert ranks_say(None, None, None) == [None] * 3
+    assert ranks_say(None, "-") == [None] * 2
+
+
+@pytest.mark.parametrize("other", [None, {"layers": [0]}, "-"])
+def test_a_rank_that_encodes_does_not_serve_beside_one_that_does_not(other):
+    record = {"layers": [0, 1]}
+    patience = 0.5 if other == "-" else 60
+    alone, beside = ranks_say(record, other, patience=patience)
+    assert alone.startswith("rank 1 ")
+    assert "give each node the same SCX_* variables and package" in alone
+    assert (beside is None) == (other in (None, "-"))
 
 
 # The backstop: what was loaded, however it was chosen.
@@ -378,6 +498,7 @@ def test_our_classes_are_those_of_the_table():
 
 def test_a_changed_setting_is_still_refused(monkeypatch):
     monkeypatch.setattr(engine, "register", lambda: None)
+    monkeypatch.setattr(keys, "_config_of_process", keys.parse_config(ON))
     monkeypatch.setenv("SCX_ENC_LAYERS", "3")
     with pytest.raises(SCXConfigError, match="SCX_ENC_LAYERS='3'"):
         engine.configure(SimpleNamespace(model_config=None))

@@ -55,6 +55,7 @@ ALLOWED = {
     "__main__": {"", "audit", "engine", "errors", "estimate", "keys"},
 }
 MAY_IMPORT_VLLM = {
+    "__init__",
     "attention",
     "audit",
     "engine",

@@ -15,7 +15,7 @@ from vllm.distributed import (
 from scx import codecs, engine, metrics, placement, watchdog
 from scx.attention import OP_NAME, SCXAttention, logger
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
-from scx.keys import RootKey, SCXConfig, get_scx_config
+from scx.keys import ENC_LAYERS, RootKey, SCXConfig, get_scx_config
 from scx.rotary import table_of
 from scx.secure_device import SecureLayer
 
@@ -44,7 +44,8 @@ class SCXForCausalLM(nn.Module):
         engine.claim_store(vllm_config, root)
         for index, attention in zip(chosen, self.encoded, strict=True):
             engine.require_cache(attention.attn.kv_cache_dtype, config)
-            attention.__class__ = self.attention_class
+            found, attention.__class__ = type(attention), self.attention_class
+            _require_stock(found, attention)
             attention.layer_index = index
             attention.layer_name = attention.attn.layer_name.removesuffix(".attn")
             attention.debug = config.enable_debug
@@ -122,6 +123,31 @@ class SCXForCausalLM(nn.Module):
                     str(bias.dtype).removeprefix("torch."),
                 )
         return loaded
+
+
+def _require_stock(found: type, attention: SCXAttention) -> None:
+    """Refuse an attention layer that another plugin changed: it would be another model.
+
+    What the layer computes is replaced by what vLLM's own class does. So `found`, the
+    class that it had, must be that class, and what its rotary embedding and norms run
+    must be vLLM's own code. Raises SCXUnsupportedError.
+    """
+    runs = [found.forward] if found is type(attention).__bases__[1] else [found]
+    for part in (attention.rotary_emb, *attention.head_norms):
+        # A CustomOp chooses the method that it runs when it is made.
+        runs += [type(part), getattr(part, "_forward_method", part.forward)]
+    for code in runs:
+        if not code.__module__.startswith("vllm."):
+            raise SCXUnsupportedError(
+                f"attention runs {code.__module__}.{code.__qualname__} here, which "
+                "another plugin put in the place of vLLM's own code: leave that plugin "
+                f"out, or unset {ENC_LAYERS}"
+            )
+    if runs[0] is found:
+        raise SCXUnsupportedError(
+            f"attention is a {found.__qualname__} here, not the class that is encoded: "
+            f"unset {ENC_LAYERS}"
+        )
 
 
 def _attach_secure_layers(
