@@ -222,7 +222,13 @@ def main(arguments: list[str] | None = None) -> int:
     auditor.add_argument("--prompts", type=Path, help="a file with one prompt a line")
     auditor.add_argument("--adversary", choices=["A1", "A2", "A3", "all"], default="all")
     auditor.add_argument("--out", type=Path, default=Path("audit"), help="folder")
-    auditor.add_argument("--budget", type=float, default=240.0, help="seconds a layer")
+    auditor.add_argument(
+        "--budget",
+        type=float,
+        default=240.0,
+        help="seconds of attacks per layer (default: 240), with their controls; one that "
+        "has begun may go on, and the engine comes on top",
+    )
     auditor.add_argument("--seed", type=int, default=0, help="of the controls")
     auditor.add_argument("--dtype", default="auto", help="of the engine")
     options = parser.parse_args(arguments)

@@ -22,6 +22,7 @@ def finding(layer, attack, share, attacked=30, label="", adversary="A1", **more)
         "share": share,
         "attacked": attacked,
         "of": 30,
+        "cut": "",
     } | more
 
 

@@ -65,12 +65,16 @@ def serve_nothing(*_):
     hold()
 
 
+def ignore_interrupts_alone():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The tests themselves may run under nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def in_background(command, **options):
     """As a shell without job control starts it with `&`."""
     return subprocess.Popen(  # noqa: S603
-        command,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        **options,
+        command, preexec_fn=ignore_interrupts_alone, **options
     )
 
 

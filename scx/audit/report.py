@@ -9,7 +9,7 @@ that name them; without `--into` it prints them.
 import argparse
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,16 @@ HEADLINES = (
     "batch of one",
     "vocabulary matching, S (qkv_proj input)",
     "vocabulary matching, none (layer input)",
+    "injection",
     "cached K, V of a layer in the clear",
     "input of a layer in the clear",
 )
 """The attacks that tell codecs and layers apart, weakest adversary first."""
+_IDEAL = (
+    "injection, were the cache in the clear",
+    "moments, whitened head norms, of the very text",
+)
+"""Attacks that are given the whole text, to say what others could reach at best."""
 _COLUMNS = ("layer", "", "attack", "recovered", "of", "chance", "random", "wrong weights")
 
 
@@ -187,13 +193,17 @@ def overview(reports: Sequence[dict[str, Any]]) -> str:
     lines = [["", *who]]
     for report in reports:
         for layer in (*report["layers"], WHOLE_MODEL):
-            here = [f for f in report["findings"] if f["layer"] == layer]
-            cells = [_most(filter(may, here)) for may in who.values()]
+            here = [
+                f
+                for f in report["findings"]
+                if f["layer"] == layer and f["attack"] not in _IDEAL
+            ]
+            cells = [_most([f for f in here if may(f)]) for may in who.values()]
             lines.append([f"{report['codec']}, {_layer_name(layer)}", *cells])
     return "\n".join(_table(lines))
 
 
-def _most(findings: Iterable[dict[str, Any]]) -> str:
+def _most(findings: Sequence[dict[str, Any]]) -> str:
     found = [f for f in findings if f["attacked"]]
     tokens = [f for f in found if f["about"].startswith("tokens")]
     vectors = [f for f in found if f["about"] == About.VECTORS.value]
@@ -202,6 +212,9 @@ def _most(findings: Iterable[dict[str, Any]]) -> str:
         for name, group in (("tokens", tokens), ("K, V", vectors))
         if group
     ]
+    unreached = sum(bool(f["cut"]) and not f["attacked"] for f in findings)
+    if unreached and max((f["share"] for f in tokens), default=0) < 1:
+        cells.append(f"{unreached} attacks not reached")
     return "; ".join(cells) or "-"
 
 
@@ -237,8 +250,8 @@ def _cell(finding: dict[str, Any] | None) -> str:
     if finding is None:
         return ""
     attacked = finding["attacked"]
-    cut = f" of {attacked}" if 0 < attacked < finding["of"] else ""
-    return _percent(finding["share"]) + cut
+    partly = attacked and (attacked < finding["of"] or finding["cut"])
+    return _percent(finding["share"]) + (f" of {attacked}" if partly else "")
 
 
 def write(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
