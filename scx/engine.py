@@ -144,6 +144,7 @@ def configure(vllm_config: "VllmConfig") -> None:
         _model_obstacles(model_config), _feature_obstacles(vllm_config, config)
     ):
         raise SCXUnsupportedError(f"{_asked(config)}, but {obstacle}")
+    keys.require_key_file(config)
     additional = cast("dict[str, Any]", vllm_config.additional_config)
     additional[_RECORD] = _record(config, model_config) | {
         "model": identity_of(model_config) if config.key_file else "",

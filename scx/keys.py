@@ -38,6 +38,10 @@ CODECS = ("permutation", "affine")
 """What SCX_CODEC may name; the first is the default."""
 
 KEY_BYTES = 32
+_ALLOWED_KEY_FILE = (
+    f"a regular file of {KEY_BYTES} random bytes that its owner alone may read; "
+    f"make one with: (umask 077; head -c {KEY_BYTES} /dev/urandom > FILE)"
+)
 FORMAT = 2
 """Of all that turns a key into an encoding, and of the label of stored KV."""
 
@@ -344,41 +348,48 @@ def _parse_bool(text: str) -> bool:
     return word in _TRUE
 
 
+def require_key_file(config: SCXConfig) -> None:
+    """Raise SCXConfigError, as loading would, for a key file that is refused for what it
+    is. Its content is not read: the process that configures an engine needs no key."""
+    if config.key_file is not None:
+        _open_key_file(config.key_file, 0)
+
+
 def _read_key_file(path: Path) -> bytes:
-    """The content of a key file that nobody else may have read or written.
+    """The content of a key file."""
+    content = _open_key_file(path, KEY_BYTES + 1)
+    # Of random files not one in 10^13 is refused here.
+    is_text = content.isascii() and content.decode().isprintable()
+    if is_text or len(set(content)) < KEY_BYTES // 4:
+        _reject(KEY_FILE, str(path), f"its bytes are not random; {_ALLOWED_KEY_FILE}")
+    return content
+
+
+def _open_key_file(path: Path, limit: int) -> bytes:
+    """Up to `limit` bytes of a file that nobody else may have read or written.
 
     Its owner is this user or root, who may read and write this user's files anyway.
     """
-    allowed = (
-        f"a regular file of {KEY_BYTES} random bytes that its owner alone may read; "
-        f"make one with: (umask 077; head -c {KEY_BYTES} /dev/urandom > FILE)"
-    )
     copy = (
         f"copy it with: install -m 0600 {shlex.quote(str(path))} FILE (for a secret of "
         f"Kubernetes in an init container), and name FILE in {KEY_FILE}"
     )
     try:
-        status, content = read_regular(path, KEY_BYTES + 1)
+        status, content = read_regular(path, limit)
     except OSError as error:
         if error.errno == errno.ELOOP:
             _reject(KEY_FILE, str(path), f"it is a link, which is not followed: {copy}")
-        _reject(KEY_FILE, str(path), f"{error.strerror}; allowed is {allowed}")
+        allowed = f"{error.strerror}; allowed is {_ALLOWED_KEY_FILE}"
+        _reject(KEY_FILE, str(path), allowed)
     if status.st_uid not in (0, os.geteuid()):
         owner = f"it belongs to the user {status.st_uid}, not to {os.geteuid()} or root"
         _reject(KEY_FILE, str(path), f"{owner}: {copy}")
     if status.st_mode & 0o077:
         mode = stat.S_IMODE(status.st_mode)
         _reject(KEY_FILE, str(path), f"its mode is {mode:04o}, not 0600: {copy}")
-    if len(content) != KEY_BYTES:
-        _reject(
-            KEY_FILE,
-            str(path),
-            f"it has {status.st_size} bytes, with any newline or encoding; {allowed}",
-        )
-    # Of random files not one in 10^13 is refused here.
-    is_text = content.isascii() and content.decode().isprintable()
-    if is_text or len(set(content)) < KEY_BYTES // 4:
-        _reject(KEY_FILE, str(path), f"its bytes are not random; {allowed}")
+    if status.st_size != KEY_BYTES:
+        size = f"it has {status.st_size} bytes, with any newline or encoding"
+        _reject(KEY_FILE, str(path), f"{size}; {_ALLOWED_KEY_FILE}")
     return content
 
 

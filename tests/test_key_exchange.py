@@ -513,13 +513,21 @@ def test_a_store_of_another_model_is_refused(outcomes, tiny_llama):
 
 
 def test_a_key_that_no_store_needs_is_not_read_to_configure(tiny_llama, tmp_path):
+    """What the file is can be seen without that, and is refused before the engine."""
+    zeros = tmp_path / "zeros"
+    zeros.touch(mode=0o600)
+    zeros.write_bytes(bytes(32))
     run = {"model": str(tiny_llama)}
     runs = [(run, {}), (run | transfer(tmp_path / "kv"), {})]
-    env = {"SCX_ENC_LAYERS": "0,2", "SCX_KEY_FILE": str(tmp_path / "no key")}
-    without, with_store = in_new_process(configure_each, runs, env=env)
+    env = {"SCX_ENC_LAYERS": "0,2", "SCX_KEY_FILE": str(zeros)}
+    without, (kind, message) = in_new_process(configure_each, runs, env=env)
     assert without[0] == "configured", without
     assert without[1]["model"] == identity(tiny_llama)
-    kind, message = with_store
+    assert kind == "SCXConfigError"
+    assert message.startswith(f"SCX_KEY_FILE='{zeros}': its bytes are not random")
+
+    env["SCX_KEY_FILE"] = str(tmp_path / "no key")
+    ((kind, message),) = in_new_process(configure_each, [(run, {})], env=env)
     assert kind == "SCXConfigError"
     assert message.startswith(f"SCX_KEY_FILE='{tmp_path}/no key': No such file")
 
