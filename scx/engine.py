@@ -136,8 +136,9 @@ def configure(vllm_config: "VllmConfig") -> None:
     keys.require_unchanged(config)
     if not config.enabled:
         kv_store.require_unlabelled(vllm_config)
+        return
     model_config = vllm_config.model_config
-    if not config.enabled or model_config is None:
+    if model_config is None:
         return
     # The first: what follows reads configurations of models that are encoded.
     for obstacle in chain(

@@ -10,11 +10,10 @@ import errno
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from scx.errors import SCXConfigError
 from scx.files import read_regular
@@ -180,25 +179,30 @@ def _write_once(folder: Path, label: Mapping[str, Any]) -> None:
     with tempfile.NamedTemporaryFile(
         "w", dir=folder, prefix=f"{LABEL}.", suffix=".draft"
     ) as draft:
-        json.dump(label, draft)
-        draft.flush()
-        # Nothing in it is secret, and engines of other users may share the folder.
-        os.fchmod(draft.fileno(), 0o644)
-        os.fsync(draft.fileno())
+        _dump(label, draft)
         with contextlib.suppress(FileExistsError):
             try:
                 (folder / LABEL).hardlink_to(draft.name)
             except OSError as error:
                 if error.errno not in _NO_HARD_LINKS:
                     raise
-                # Of two engines that start at the same time the later one's label stays,
-                # and both read it.
-                os.replace(shutil.copy(draft.name, f"{draft.name}.copy"), folder / LABEL)
+                # The first engine's, too. One that comes in the midst finds no label and
+                # is refused.
+                with open(folder / LABEL, "x") as file:
+                    _dump(label, file)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _dump(label: Mapping[str, Any], file: IO[str]) -> None:
+    json.dump(label, file)
+    file.flush()
+    # Nothing in it is secret, and engines of other users may share the folder.
+    os.fchmod(file.fileno(), 0o644)
+    os.fsync(file.fileno())
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -106,20 +106,20 @@ class SCXForCausalLM(nn.Module):
         """As the stock class. Warns of key biases that cost the codec accuracy."""
         stock: Any = super()
         loaded = stock.load_weights(weights)
-        bound = codecs.load(get_scx_config().codec).largest_key_bias
+        codec = codecs.load(get_scx_config().codec)
         for attention in self.encoded:
             bias = attention.qkv_proj.bias
             if bias is None or bias.dtype == torch.float32:
                 continue
             keys = bias[attention.q_size : attention.q_size + attention.kv_size]
-            if (largest := keys.abs().max().item()) > bound:
+            if (largest := keys.abs().max().item()) > codec.largest_key_bias:
                 logger.warning(
                     "SCX layer %d: a key bias of %.0f, above %.0f, so %s rounds worse in "
                     "%s than the model itself: use float32, or SCX_CODEC=permutation",
                     attention.layer_index,
                     largest,
-                    bound,
-                    get_scx_config().codec,
+                    codec.largest_key_bias,
+                    codec.name,
                     str(bias.dtype).removeprefix("torch."),
                 )
         return loaded
