@@ -92,7 +92,7 @@ def main() -> int:
     parser.add_argument("--enforce-eager", action="store_true")
     options = parser.parse_args()
     if options.model is None:
-        from scx.embedded import embedded_model
+        from scx.commands.demo_model import embedded_model
         from scx.errors import SCXError
 
         try:

@@ -16,7 +16,7 @@ from typing import get_args
 from benchmark_acc.evaluation import run_arm
 from benchmark_acc.logs import FILE, read_arm
 from benchmark_acc.run_eval import arm_name, exit_status, make_plan, say
-from scx.embedded import Architecture, embedded_model
+from scx.commands.demo_model import Architecture, embedded_model
 from scx.keys import CODECS
 
 TASK = "pydoc"

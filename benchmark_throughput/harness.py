@@ -323,7 +323,7 @@ def survey(arms: list[Arm]) -> dict[str, Any]:
     here. For a process of its own: variables are set and CUDA is started.
     """
     from scx import __version__
-    from scx.cores import usable_cores
+    from scx.devices.cores import usable_cores
     from scx.errors import SCXConfigError
     from scx.keys import scx_env_init
 

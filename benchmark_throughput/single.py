@@ -44,7 +44,7 @@ from scx.errors import SCXError
 
 if TYPE_CHECKING:
     # It imports torch.
-    from scx.embedded import Architecture
+    from scx.commands.demo_model import Architecture
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
@@ -97,7 +97,7 @@ def make_plan(options: argparse.Namespace, arm: Arm, embedded: "Architecture") -
     """All that can be known before an engine starts. Raises UsageError."""
     if options.model is None:
         # Here, because it imports torch.
-        from scx.embedded import embedded_model
+        from scx.commands.demo_model import embedded_model
 
         options.model = embedded_model(embedded)
         defaults = EMBEDDED

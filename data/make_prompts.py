@@ -37,7 +37,7 @@ def load_tokenizer(path: str | None) -> Any:
     from transformers import AutoTokenizer
 
     if path is None:
-        from scx.embedded import embedded_model
+        from scx.commands.demo_model import embedded_model
 
         path = str(embedded_model("llama"))
     try:

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from scx.codecs.permutation import PermutationCodec
-from scx.cores import usable_cores, workers_for
-from scx.host_device import HostDevice, HostSecureLayer
+from scx.devices.cores import usable_cores, workers_for
+from scx.devices.host import HostDevice, HostSecureLayer
 from scx.keys import RootKey
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 1536, 12, 2, 128

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from scx.embedded import embedded_model
+from scx.commands.demo_model import embedded_model
 from tests.engines import engine, in_new_process
 from tests.prompts import MIXED
 

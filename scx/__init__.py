@@ -19,7 +19,8 @@ def _init_vllm_plugin() -> None:
     SCXUnsupportedError where vLLM lacks what encoding is refused by.
     """
     with _plugins_count_as_loaded_after():
-        from scx import engine, plugin
+        from scx.plugin import configure as engine
+        from scx.plugin import register as plugin
 
         plugin.join()
         engine.register()
@@ -41,7 +42,7 @@ def __getattr__(name: str) -> Callable[[], None]:
     # vLLM logs what a lookup raises and goes on plain. The call does the same again, and
     # what it raises ends the engine.
     with contextlib.suppress(Exception), _plugins_count_as_loaded_after():
-        from scx import plugin
+        from scx.plugin import register as plugin
 
         plugin.join()
     return _init_vllm_plugin

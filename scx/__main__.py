@@ -19,8 +19,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from scx import __version__, keys
+from scx.commands.estimate import H100, Machine, Shape, table
 from scx.errors import SCXError
-from scx.estimate import H100, Machine, Shape, table
 
 
 def check(options: argparse.Namespace) -> bool:
@@ -106,7 +106,7 @@ def _secure_device() -> str:
 
 
 def _model_classes() -> str:
-    from scx.engine import encoded_architectures
+    from scx.plugin.configure import encoded_architectures
 
     encoded = encoded_architectures()
     for path in set(encoded.values()):
@@ -118,7 +118,7 @@ def _model_classes() -> str:
 def _model(model: str) -> str:
     from vllm.engine.arg_utils import EngineArgs
 
-    from scx.engine import record_of
+    from scx.plugin.configure import record_of
 
     if obstacle := keys.plugin_obstacle():
         raise SCXError(obstacle)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from scx import codec
 from scx.audit.capture import Border, Capture, Step
 from scx.audit.interface import Knowledge, Plaintext
 from scx.audit.public_model import LayerModel, PublicModel
+from scx.codecs import reference as codec
 
 Heads = torch.Tensor
 Codec = Callable[[Heads, Heads, Heads], tuple[Heads, Heads, Heads]]

@@ -4,8 +4,8 @@ import secrets
 from pathlib import Path
 from types import SimpleNamespace
 
-from scx.identity import identity_of
 from scx.keys import RootKey, SCXConfig
+from scx.plugin.identity import identity_of
 
 
 def new_key_file(path: Path) -> Path:

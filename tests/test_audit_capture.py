@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
-from scx import codec
 from scx.audit.capture import Recorder
 from scx.audit.public_model import PublicModel
+from scx.codecs import reference as codec
 from tests.engines import engine, greedy, in_new_process, shut_down
 from tests.root_keys import new_key_file, root_key
 from tests.test_kv_cache import TOLERANCE, cached_tokens

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scx import codec
+from scx.codecs import reference as codec
 from scx.keys import RootKey
 
 ROOT = RootKey(bytes(range(32)))

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from scx import cores
+from scx.devices import cores
 from tests.engines import in_new_process
 
 V2 = "31 24 0:26 {top} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data import make_prompts, prompts
 from data.prompts import count_tokens, load_prompt, make_prompt
-from scx.embedded import embedded_model
+from scx.commands.demo_model import embedded_model
 from scx.errors import SCXError
 from tests.engines import engine, in_new_process
 from tests.tiny_models import VOCABULARY

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from scx.__main__ import main
+from scx.commands.estimate import H100, Machine, Shape, layer_seconds
 from scx.errors import SCXConfigError
-from scx.estimate import H100, Machine, Shape, layer_seconds
 from tests import tiny_models
 
 RESULTS = Path(__file__).parent.parent / "benchmark_throughput" / "results"

@@ -16,8 +16,8 @@ from benchmark_acc import evaluation, report, run_eval
 from benchmark_acc.evaluation import ArmFailed, Plan, UsageError, run_arm
 from benchmark_acc.logs import FILE, LogError, Setting, read_arm
 from benchmark_acc.tasks import passages
-from scx import embedded
-from scx.embedded import embedded_model
+from scx.commands import demo_model as embedded
+from scx.commands.demo_model import embedded_model
 from tests import acc_logs, tiny_models
 from tests.engines import in_new_process
 
@@ -312,7 +312,7 @@ def test_a_real_run(tmp_path, capsys):
 
 
 def test_the_embedded_models_name_themselves(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["scx.embedded", "llama"])
+    monkeypatch.setattr(sys, "argv", ["scx.commands.demo_model", "llama"])
     embedded.main()
     assert Path(capsys.readouterr().out.strip()) == embedded_model("llama")
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from scx import codec
+from scx.codecs import reference as codec
 from tests.engines import generate_each, in_new_process
 from tests.tiny_models import PROMPTS, ROPE_VARIANTS, save
 

@@ -18,11 +18,12 @@ import torch
 
 from benchmark_acc import evaluation
 from benchmark_throughput.records import UsageError, append_record, read_records
-from scx import embedded, watchdog
 from scx.codecs.permutation import PermutationCodec
+from scx.commands import demo_model as embedded
+from scx.devices import watchdog
+from scx.devices.plain import SecureLayer
 from scx.errors import SCXError
 from scx.keys import RootKey
-from scx.secure_device import SecureLayer
 from tests.engines import engine, generate_each, greedy, in_new_process
 from tests.records import record
 from tests.tiny_models import PROMPTS

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scx.embedded import embedded_model
+from scx.commands.demo_model import embedded_model
 from tests.engines import engine, generate_each, greedy, in_new_process, shut_down
 from tests.tiny_models import PROMPTS, ROPE_VARIANTS, save
 

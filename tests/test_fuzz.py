@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scx import codecs, keys
+from scx.devices.plain import SecureLayer
 from scx.errors import SCXConfigError
 from scx.keys import CODECS, RootKey
-from scx.secure_device import SecureLayer
 
 # What a variable can hold: no null, and text that is not UTF-8 as Python reads it.
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))

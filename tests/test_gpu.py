@@ -15,10 +15,10 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from scx import codecs
-from scx.host_device import HostDevice, HostSecureLayer
-from scx.kernels.host_worker import DECODE_FEATURES
+from scx.devices.host import HostDevice, HostSecureLayer
+from scx.devices.plain import SecureLayer
+from scx.kernels.host.worker import DECODE_FEATURES
 from scx.keys import RootKey
-from scx.secure_device import SecureLayer
 from tests.agreement import assert_same
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -35,7 +35,7 @@ def devices():
     def layers(dtype, head_dim, is_neox_style=True, codec="permutation"):
         """The two layers of a GPU and a plain one, with the same keys and tables."""
         # Here, because Triton is found on machines with a GPU only.
-        from scx.accelerator_device import AcceleratorSecureLayer
+        from scx.devices.accelerator import AcceleratorSecureLayer
 
         name = (dtype, head_dim, is_neox_style, codec)
         if name not in made:
@@ -163,7 +163,7 @@ def test_each_replay_of_a_graph_draws_a_fresh_order(kind, codec, tokens, devices
 
 @pytest.mark.parametrize("step", [0, 1, (1 << 40) + 7])
 def test_the_words_are_chacha20(step):
-    from scx.kernels.accelerator import draw_words
+    from scx.kernels.cuda.secure import draw_words
 
     key = bytes(range(32))
     words = draw_words(

@@ -1,6 +1,6 @@
 """The workers of the host device, with a stand-in for the accelerator's kernel.
 
-The stand-in does in numpy what `scx.kernels.exchange` does on a GPU: write rows
+The stand-in does in numpy what `scx.kernels.cuda.exchange` does on a GPU: write rows
 and positions, raise the flags, wait for the answer. The kernel
 itself is tested in test_gpu.py.
 """
@@ -15,12 +15,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scx import codecs, host_device, watchdog
+from scx import codecs
+from scx.devices import host as host_device
+from scx.devices import watchdog
+from scx.devices.host import HostDevice, HostSecureLayer
+from scx.devices.plain import SecureLayer
 from scx.errors import SCXSecureDeviceError, SCXUnsupportedError
-from scx.host_device import HostDevice, HostSecureLayer
-from scx.kernels import host_worker
-from scx.kernels.host import host_kernels
-from scx.kernels.host_worker import (
+from scx.kernels.host import worker as host_worker
+from scx.kernels.host.table import host_kernels
+from scx.kernels.host.worker import (
     DECODE_FEATURES,
     ENCODE_FEATURES,
     ENCODE_ROWS,
@@ -36,7 +39,6 @@ from scx.kernels.protocol import (
     require_within_limits,
 )
 from scx.keys import RootKey
-from scx.secure_device import SecureLayer
 from tests.agreement import assert_same
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 24, 4, 2, 8

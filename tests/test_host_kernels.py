@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scx import codec, codecs
+from scx import codecs
+from scx.codecs import reference as codec
 from scx.codecs.affine import AffineCodec
 from scx.errors import SCXError
-from scx.kernels import affine, panels
-from scx.kernels import rows as row_kernels
-from scx.kernels.host import host_kernels
+from scx.kernels.host import affine, panels
+from scx.kernels.host import rows as row_kernels
+from scx.kernels.host.table import host_kernels
 from scx.keys import RootKey
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

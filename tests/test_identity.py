@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scx import identity
+from scx.plugin import identity
 from tests import tiny_models
 from tests.root_keys import identity as identity_of_folder
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scx import engine as engine_module
-from scx import kv_store
 from scx.codecs.permutation import PermutationCodec
 from scx.errors import SCXConfigError
 from scx.keys import RootKey, get_scx_config
+from scx.plugin import configure as engine_module
+from scx.plugin import kv_store
 from tests import tiny_models
 from tests.engines import engine, greedy, in_new_process, shut_down, watch_rows
 from tests.root_keys import identity, new_key_file, root_key
@@ -628,7 +628,7 @@ def test_a_second_process_reads_what_a_first_one_stored(tiny_llama, tmp_path):
 
 def build_after(model, folder, change):
     """Build an engine whose key file changes once the engine is configured."""
-    from scx import engine as scx_engine
+    from scx.plugin import configure as scx_engine
 
     configure = scx_engine.configure
 

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from scx import codec as spec
+from scx.codecs import reference as spec
 from tests.engines import engine, greedy, in_new_process, shut_down
 from tests.root_keys import new_key_file, root_key
 from tests.tiny_models import SHAPE

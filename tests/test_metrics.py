@@ -6,8 +6,8 @@ import logging
 import pytest
 from prometheus_client import REGISTRY
 
-from scx import metrics
-from scx.secure_device import Traffic
+from scx.devices import metrics
+from scx.devices.plain import Traffic
 
 
 class Layer:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scx.embedded import embedded_model
+from scx.commands.demo_model import embedded_model
 from tests.engines import engine, greedy, in_new_process, shut_down
 
 PROMPTS = ["The capital of France is", "1, 1, 2, 3, 5, 8, 13,", "Water boils at"]
@@ -17,7 +17,7 @@ STEPS = {
 
 
 def tokens_without_each_step(model):
-    from scx import codec
+    from scx.codecs import reference as codec
 
     def tokens():
         llm = engine(model)

@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 
-from scx.embedded import embedded_model
+from scx.commands.demo_model import embedded_model
 from tests.engines import generate_each, in_new_process
 from tests.prompts import MIXED
 

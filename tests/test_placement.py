@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scx import engine, placement
+from scx.devices import placement
 from scx.errors import SCXUnsupportedError
 from scx.keys import SCXConfig
+from scx.plugin import configure as engine
 
 
 def configuration(device_type="cuda", **parallel):

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 import scx
-from scx import engine, keys, plugin
+from scx import keys
 from scx.errors import SCXConfigError, SCXNotEncodedError, SCXUnsupportedError
+from scx.plugin import configure as engine
+from scx.plugin import register as plugin
 from tests import tiny_models
 from tests.engines import in_new_process
 
@@ -224,10 +226,10 @@ def test_our_own_plugin_that_raised_half_way_is_called_again(config):
 def try_again_without_a_library(llama):
     import sys
 
-    del scx.plugin
-    sys.modules["scx.plugin"] = None  # its import raises
+    del scx.plugin.register
+    sys.modules["scx.plugin.register"] = None  # its import raises
     found = [configured(llama) for _ in range(2)]
-    del sys.modules["scx.plugin"]
+    del sys.modules["scx.plugin.register"]
     return [*found, configured(llama)]
 
 
@@ -235,7 +237,7 @@ def test_a_package_that_cannot_be_imported_is_missed_each_time(config):
     llama = config("LlamaForCausalLM")
     *missing, encoded = in_new_process(try_again_without_a_library, llama, env=ON)
     for found in missing:
-        assert "scx.plugin" in found
+        assert "scx.plugin.register" in found
     assert encoded == [0]
 
 
@@ -390,7 +392,7 @@ def loaded(encoded, layers=4):
     """A model of our class, of which the first `encoded` layers are encoded."""
     from torch import nn
 
-    from scx.attention import SCXAttention
+    from scx.models.attention import SCXAttention
     from scx.models.llama_scx import LlamaSCXForCausalLM
 
     def layer(i):

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from scx import engine
 from scx.errors import SCXUnsupportedError
 from scx.keys import SCXConfig
+from scx.plugin import configure as engine
 from tests import tiny_models
 from tests.engines import in_new_process
 
@@ -427,8 +427,8 @@ def test_turned_on_after_a_plain_engine_was_configured(llama):
 
 def build_in_worker_without_variables(model):
     """What a remote worker meets that was not given our variables."""
-    from scx import engine as scx_engine
     from scx import keys
+    from scx.plugin import configure as scx_engine
     from tests.engines import engine
 
     configure = scx_engine.configure

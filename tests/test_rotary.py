@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from scx import codec, rotary
+from scx.codecs import reference as codec
 from scx.errors import SCXUnsupportedError
+from scx.plugin import rotary
 from tests import tiny_models
 from tests.engines import generate_each, in_new_process
 

@@ -6,10 +6,10 @@ import pickle
 import pytest
 import torch
 
-from scx import codec
+from scx.codecs import reference as codec
 from scx.codecs.permutation import PermutationCodec
+from scx.devices.plain import SecureLayer
 from scx.keys import RootKey
-from scx.secure_device import SecureLayer
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 4, 2, 8, 12
 WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM

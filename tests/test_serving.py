@@ -11,7 +11,7 @@ import pytest
 
 from benchmark_throughput.records import NATIVE, parse_arm
 from benchmark_throughput.serve import server
-from scx.embedded import embedded_model
+from scx.commands.demo_model import embedded_model
 from tests.engines import EXACT_FLOAT32
 from tests.prompts import MIXED
 

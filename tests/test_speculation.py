@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from scx.embedded import embedded_model
+from scx.commands.demo_model import embedded_model
 from tests.engines import engine, generate_each, greedy, in_new_process, shut_down
 
 TEXTS = [

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from scx import engine
 from scx.errors import SCXUnsupportedError
+from scx.plugin import configure as engine
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How the features of queries, keys and values are encoded: one file a codec.
 
-The rows are shuffled alike in all of them, by `scx.codec`. A third codec is one
-more file with a subclass of FeatureCodec and one more name in `load`.
+The rows are shuffled alike in all of them, by `scx.codecs.reference`. A third codec is
+one more file with a subclass of FeatureCodec and one more name in `load`.
 """
 
 from scx.codecs.interface import FeatureCodec

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from typing_extensions import Self
 
-from scx import codec
+from scx.codecs import reference as codec
 from scx.codecs.interface import FeatureCodec
 from scx.keys import RootKey
 
 
 class PermutationCodec(FeatureCodec):
-    """`scx.codec.encode_features` and its inverse, with one key for q, k and v.
+    """`reference.encode_features` and its inverse, with one key for q, k and v.
 
     Exact in every type: features move, and none is rounded.
     """

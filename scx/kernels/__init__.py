@@ -1,1 +1,1 @@
-"""Fused forms of `scx.codec`, with the same results, for the host and the accelerator."""
+"""Fused forms of `scx.codecs`, of equal results, for the host and the accelerator."""

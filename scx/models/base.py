@@ -12,12 +12,14 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 
-from scx import codecs, engine, metrics, placement, watchdog
-from scx.attention import OP_NAME, SCXAttention, logger
+from scx import codecs
+from scx.devices import metrics, placement, watchdog
+from scx.devices.plain import SecureLayer
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
 from scx.keys import ENC_LAYERS, RootKey, SCXConfig, get_scx_config
-from scx.rotary import table_of
-from scx.secure_device import SecureLayer
+from scx.models.attention import OP_NAME, SCXAttention, logger
+from scx.plugin import configure as engine
+from scx.plugin.rotary import table_of
 
 
 class SCXForCausalLM(nn.Module):
@@ -165,7 +167,7 @@ def _attach_secure_layers(
     if engine.uses_host_device(config, vllm_config.model_config):
         # Here and not above: vLLM's CPU platform scans all modules while it starts
         # and stumbles over llvmlite (vllm/triton_utils/dispatcher.py).
-        from scx.host_device import HostDevice, HostSecureLayer
+        from scx.devices.host import HostDevice, HostSecureLayer
 
         host = HostDevice(
             features,
@@ -190,7 +192,7 @@ def _attach_secure_layers(
     device, secure_layer = torch.device(config.secure_device), SecureLayer
     if engine.uses_accelerator(config, vllm_config.model_config):
         # Here, because Triton is found on machines with a GPU only.
-        from scx.accelerator_device import AcceleratorSecureLayer
+        from scx.devices.accelerator import AcceleratorSecureLayer
 
         device, secure_layer = rotary.cos_sin_cache.device, AcceleratorSecureLayer
     placement.require_apart(

@@ -2,7 +2,7 @@
 
 from vllm.model_executor.models.llama import LlamaAttention, LlamaForCausalLM
 
-from scx.attention import SCXAttention
+from scx.models.attention import SCXAttention
 from scx.models.base import SCXForCausalLM
 
 

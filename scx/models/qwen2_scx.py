@@ -2,7 +2,7 @@
 
 from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2ForCausalLM
 
-from scx.attention import SCXAttention
+from scx.models.attention import SCXAttention
 from scx.models.base import SCXForCausalLM
 
 

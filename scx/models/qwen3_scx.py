@@ -3,7 +3,7 @@
 from torch import nn
 from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
 
-from scx.attention import SCXAttention
+from scx.models.attention import SCXAttention
 from scx.models.base import SCXForCausalLM
 
 

@@ -1,4 +1,4 @@
-"""Fused forms of `scx.codec` and `scx.codecs` for the cores of the host.
+"""Fused forms of `scx.codecs.reference` and `scx.codecs` for the cores of the host.
 
 Where the secure device is the host itself, every step of an encoded layer
 waits for its rows and features to be encoded and decoded. These kernels do
@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import torch
 
-from scx.kernels import affine, permutation, rows
-from scx.kernels.compiled import element_of
+from scx.kernels.host import affine, permutation, rows
+from scx.kernels.host.compiled import element_of
 
 _FEATURES = {"permutation": permutation, "affine": affine}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from scx.cores import ranks_here
+from scx.devices.cores import ranks_here
 from scx.errors import SCXUnsupportedError
 from scx.keys import SECURE_DEVICE, SCXConfig
 

@@ -13,7 +13,7 @@ from numba.core.typing import signature
 from numba.extending import intrinsic
 
 from scx.errors import SCXUnsupportedError
-from scx.kernels.compiled import helper, kernel
+from scx.kernels.host.compiled import helper, kernel
 
 _PREFETCH = "llvm.prefetch.p0i8"
 

@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import intrinsic
 
-from scx.kernels.compiled import helper
+from scx.kernels.host.compiled import helper
 
 _I64 = ir.IntType(64)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import distributed
 
-from scx import engine
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
 from scx.keys import ENC_LAYERS, get_scx_config
+from scx.plugin import configure as engine
 
 PATIENCE = timedelta(minutes=5)
 """How long a rank waits for others to load their part of a model."""

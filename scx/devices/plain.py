@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from scx import codec
+from scx.codecs import reference as codec
 from scx.codecs.interface import FeatureCodec
 from scx.errors import SCXSecureDeviceError
 

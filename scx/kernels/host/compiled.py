@@ -9,7 +9,7 @@ from numba import float32, uint16
 from numba.core.typing import Signature, signature
 from numba.extending import intrinsic
 
-from scx.kernels.converters import CONVERTERS
+from scx.kernels.host.converters import CONVERTERS
 
 helper = numba.njit(
     nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True

@@ -13,9 +13,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from scx import cores, keys, kv_store, placement, rotary
+from scx import keys
+from scx.devices import cores, placement
 from scx.errors import SCXConfigError, SCXUnsupportedError
-from scx.identity import identity_of
 from scx.keys import (
     CODEC,
     ENC_LAYERS,
@@ -24,6 +24,8 @@ from scx.keys import (
     SCXConfig,
     get_scx_config,
 )
+from scx.plugin import kv_store, rotary
+from scx.plugin.identity import identity_of
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -269,7 +271,7 @@ def _record(config: SCXConfig, model_config: "ModelConfig") -> dict[str, Any]:
 
 def _sources_hash() -> str:
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
+    for source in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 

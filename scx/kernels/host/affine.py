@@ -11,10 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from scx.kernels import panels
-from scx.kernels.compiled import converters, element_of, helper, kernel
-from scx.kernels.rotary import angles_at, rotate_heads
-from scx.kernels.rows import prefetch_row
+from scx.kernels.host import panels
+from scx.kernels.host.compiled import converters, element_of, helper, kernel
+from scx.kernels.host.rotary import angles_at, rotate_heads
+from scx.kernels.host.rows import prefetch_row
 
 KEY = "float32[:, :, :, ::1]"
 """numba's type of a layer's maps: (maps, column blocks, D + 1, lanes)."""
@@ -46,7 +46,7 @@ def encode_features_kernel(dtype: torch.dtype) -> Callable:
     def encode_features(
         src, dst, rank, positions, cos_sin, maps, num_heads, is_neox_style, first, last
     ):
-        """As that of `scx.kernels.permutation`, but for the key: 3M maps, packed, of
+        """As that of `scx.kernels.host.permutation`, but for the key: 3M maps, packed, of
         queries, keys and values."""
         kv_heads, head_dim = maps.shape[0] // 3, maps.shape[2] - 1
         queries = num_heads * head_dim
@@ -76,7 +76,7 @@ def decode_features_kernel(dtype: torch.dtype) -> Callable:
 
     @kernel(f"void({element}[:, ::1], {element}[:, ::1], {KEY}, intp, intp)")
     def decode_features(src, dst, maps, first, last):
-        """As that of `scx.kernels.permutation`, but for the key: M maps, packed."""
+        """As that of `scx.kernels.host.permutation`, but for the key: M maps, packed."""
         for begin in range(first, last, _ROWS):
             end = min(begin + _ROWS, last)
             map_heads(src[begin:end], dst[begin:end], 0, dst.shape[1], maps)

@@ -17,8 +17,8 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
 if TYPE_CHECKING:
-    from scx.host_device import HostSecureLayer
-    from scx.secure_device import SecureLayer
+    from scx.devices.host import HostSecureLayer
+    from scx.devices.plain import SecureLayer
 
 OP_NAME = "scx::encoded_attention"
 

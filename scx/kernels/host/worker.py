@@ -1,6 +1,6 @@
 """The host's half of the trip: threads of compiled code that serve the flags.
 
-`scx.kernels.exchange` has the other half. Worker 0 leads: it sees a trip begin, checks
+`kernels.cuda.exchange` has the other half. Worker 0 leads: it sees a trip begin, checks
 what the accelerator asks for, draws the random words of the step's row order, and
 announces the trip to the others. Then every worker claims one chunk after another: it
 waits for the rows that it needs, encodes or decodes, and raises the chunk's flag. So a
@@ -43,7 +43,7 @@ import numba
 import numpy as np
 import torch
 
-from scx.kernels.atomics import (
+from scx.kernels.host.atomics import (
     compare_exchange,
     libc,
     load_acquire,
@@ -51,8 +51,8 @@ from scx.kernels.atomics import (
     spin,
     store_release,
 )
-from scx.kernels.compiled import helper
-from scx.kernels.host import host_kernels
+from scx.kernels.host.compiled import helper
+from scx.kernels.host.table import host_kernels
 from scx.kernels.protocol import (
     FLAG_STRIDE,
     FORSAKEN,

@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import intrinsic
 
-from scx.kernels.converters import CONVERTERS, FLOAT, I16, Converters, constant
+from scx.kernels.host.converters import CONVERTERS, FLOAT, I16, Converters, constant
 
 _LANES = 32
 _REGISTER = ir.VectorType(I16, _LANES)

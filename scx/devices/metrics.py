@@ -14,7 +14,7 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge
 
-from scx.secure_device import Traffic
+from scx.devices.plain import Traffic
 
 # Under vLLM's root logger, so that its handlers and levels apply.
 logger = logging.getLogger("vllm.scx")

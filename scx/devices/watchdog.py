@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Mapping
 
-from scx.secure_device import WatchedLayer
+from scx.devices.plain import WatchedLayer
 
 PATIENCE = 30.0
 """Seconds."""

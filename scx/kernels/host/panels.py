@@ -11,7 +11,7 @@ from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import intrinsic
 
-from scx.kernels.converters import FLOAT
+from scx.kernels.host.converters import FLOAT
 
 VECTORS = 4
 """Vectors that are multiplied at once: each value of the matrix is read once for them."""

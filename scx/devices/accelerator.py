@@ -1,7 +1,7 @@
 """The accelerator itself as secure device, as in a GPU with confidential computing.
 
 Nothing leaves the accelerator and nothing waits for the host: the steps are the
-kernels of `scx.kernels.accelerator`, which any CUDA graph can hold.
+kernels of `scx.kernels.cuda.secure`, which any CUDA graph can hold.
 """
 
 import os
@@ -10,8 +10,8 @@ import torch
 
 from scx.codecs.interface import FeatureCodec
 from scx.codecs.permutation import PermutationCodec
-from scx.kernels import accelerator as kernels
-from scx.secure_device import SecureLayer, Traffic
+from scx.devices.plain import SecureLayer, Traffic
+from scx.kernels.cuda import secure as kernels
 
 
 class AcceleratorSecureLayer(SecureLayer):

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from scx.kernels import avx512
-from scx.kernels.compiled import element_of, helper, kernel
-from scx.kernels.rotary import angles_at, rotate_heads
-from scx.kernels.rows import prefetch_row
+from scx.kernels.host import avx512
+from scx.kernels.host.compiled import element_of, helper, kernel
+from scx.kernels.host.rotary import angles_at, rotate_heads
+from scx.kernels.host.rows import prefetch_row
 
 KEY = "uint16[:, ::1]"
 """numba's type of a layer's key: the feature of a head that each one comes from."""
@@ -87,7 +87,7 @@ def decode_features_kernel(dtype: torch.dtype) -> Callable:
 
 
 def _has_registers(dtype: torch.dtype) -> bool:
-    """Whether `scx.kernels.avx512` can be used for some sizes of a head."""
+    """Whether `scx.kernels.host.avx512` can be used for some sizes of a head."""
     return dtype != torch.float32 and avx512.is_available()
 
 

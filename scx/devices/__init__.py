@@ -1,0 +1,1 @@
+"""Where the encoding runs: one file per secure device."""

@@ -1,0 +1,1 @@
+"""What vLLM is told, and what is refused."""
