@@ -17,14 +17,14 @@ from benchmark_acc.evaluation import run_arm
 from benchmark_acc.logs import FILE, read_arm
 from benchmark_acc.run_eval import arm_name, exit_status, make_plan, say
 from scx.commands.demo_model import Architecture, embedded_model
-from scx.keys import CODECS
+from scx.keys import DEFAULT_CODEC
 
 TASK = "pydoc"
 ARMS = (
-    ("", CODECS[0]),
-    ("0", CODECS[0]),
-    ("0,29", CODECS[0]),
-    ("all", CODECS[0]),
+    ("", DEFAULT_CODEC),
+    ("0", DEFAULT_CODEC),
+    ("0,29", DEFAULT_CODEC),
+    ("all", DEFAULT_CODEC),
     ("all", "affine"),
 )
 """Encoded layers and codec."""

@@ -36,7 +36,7 @@ from benchmark_acc.logs import LogError, Setting
 from benchmark_throughput import harness
 from benchmark_throughput.processes import interruptible
 from scx.errors import SCXError
-from scx.keys import CODECS, ENC_LAYERS, get_scx_config
+from scx.keys import DEFAULT_CODEC, ENC_LAYERS, get_scx_config
 
 ARMS = {"plain": ["plain"], "scx": ["scx"], "both": ["plain", "scx"]}
 
@@ -106,7 +106,7 @@ def arm_name(layers: str, plan: Plan) -> str:
     if not layers:
         return "plain"
     device = "" if plan.secure_device == "cpu" else f"@{plan.secure_device}"
-    codec = "" if plan.codec == CODECS[0] else f"+{plan.codec}"
+    codec = "" if plan.codec == DEFAULT_CODEC else f"+{plan.codec}"
     return f"scx-{layers}{device}{codec}"
 
 

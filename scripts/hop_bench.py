@@ -20,6 +20,7 @@ import torch
 from scx.codecs.permutation import PermutationCodec
 from scx.devices.cores import usable_cores, workers_for
 from scx.devices.host import HostDevice, HostSecureLayer
+from scx.devices.interface import Rank
 from scx.keys import RootKey
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 1536, 12, 2, 128
@@ -117,14 +118,16 @@ def main() -> None:
     workers = options.workers or workers_for(usable_cores(), 1)
     host = HostDevice(
         [PermutationCodec.derive(RootKey.draw(), 0, range(KV_HEADS), HEAD_DIM)],
-        torch.randn(40_000, HEAD_DIM),
-        True,
-        HEADS,
-        HIDDEN,
-        16384,
-        torch.bfloat16,
-        torch.device("cuda"),
-        workers,
+        Rank(
+            num_heads=HEADS,
+            hidden_size=HIDDEN,
+            dtype=torch.bfloat16,
+            max_tokens=16384,
+            cos_sin_cache=torch.randn(40_000, HEAD_DIM, device="cuda"),
+            is_neox_style=True,
+            secure_device=torch.device("cpu"),
+            workers=workers,
+        ),
     )
     layer = HostSecureLayer(host, 0)
     results: dict = {

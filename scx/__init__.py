@@ -19,11 +19,10 @@ def _init_vllm_plugin() -> None:
     SCXUnsupportedError where vLLM lacks what encoding is refused by.
     """
     with _plugins_count_as_loaded_after():
-        from scx.plugin import configure as engine
-        from scx.plugin import register as plugin
+        from scx.plugin import architectures, register
 
-        plugin.join()
-        engine.register()
+        register.join()
+        architectures.register()
 
 
 if TYPE_CHECKING:
@@ -42,9 +41,9 @@ def __getattr__(name: str) -> Callable[[], None]:
     # vLLM logs what a lookup raises and goes on plain. The call does the same again, and
     # what it raises ends the engine.
     with contextlib.suppress(Exception), _plugins_count_as_loaded_after():
-        from scx.plugin import register as plugin
+        from scx.plugin import register
 
-        plugin.join()
+        register.join()
     return _init_vllm_plugin
 
 

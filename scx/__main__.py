@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import math
 import os
+import pkgutil
 import platform
 import sys
 from collections.abc import Callable
@@ -106,19 +107,18 @@ def _secure_device() -> str:
 
 
 def _model_classes() -> str:
-    from scx.plugin.configure import encoded_architectures
+    from scx.plugin.architectures import encoded_architectures
 
     encoded = encoded_architectures()
-    for path in set(encoded.values()):
-        module, name = path.split(":")
-        getattr(importlib.import_module(module), name)
+    for architecture in set(encoded.values()):
+        pkgutil.resolve_name(architecture.encoded)
     return ", ".join(encoded)
 
 
 def _model(model: str) -> str:
     from vllm.engine.arg_utils import EngineArgs
 
-    from scx.plugin.configure import record_of
+    from scx.plugin.plan import record_of
 
     if obstacle := keys.plugin_obstacle():
         raise SCXError(obstacle)

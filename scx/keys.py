@@ -18,14 +18,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal, NoReturn
 
-import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from scx.errors import SCXConfigError
-from scx.files import read_regular
 
 ENC_LAYERS = "SCX_ENC_LAYERS"
 SECURE_DEVICE = "SCX_SECURE_DEVICE"
@@ -34,8 +32,12 @@ KEY_FILE = "SCX_KEY_FILE"
 CODEC = "SCX_CODEC"
 VARIABLES = (ENC_LAYERS, SECURE_DEVICE, ENABLE_DEBUG, CODEC, KEY_FILE)
 
-CODECS = ("permutation", "affine")
-"""What SCX_CODEC may name; the first is the default."""
+DEFAULT_CODEC = "permutation"
+CODECS = {
+    "permutation": "scx.codecs.permutation:PermutationCodec",
+    "affine": "scx.codecs.affine:AffineCodec",
+}
+"""What SCX_CODEC may name, and the class of each: module:class."""
 
 KEY_BYTES = 32
 _ALLOWED_KEY_FILE = (
@@ -45,6 +47,7 @@ _ALLOWED_KEY_FILE = (
 FORMAT = 2
 """Of all that turns a key into an encoding, and of the label of stored KV."""
 
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 _PLUGIN_GROUP = "vllm.general_plugins"
 _PLUGIN_TARGET = "scx:init_vllm_plugin"
 _TRUE = ("1", "true", "yes", "on")
@@ -63,7 +66,7 @@ class SCXConfig:
     """Whether each encoded layer logs each step."""
     key_file: Path | None
     """A file with the root key, or None: a root key is drawn in each process."""
-    codec: str = CODECS[0]
+    codec: str = DEFAULT_CODEC
     """How features are encoded: one of CODECS."""
 
     @property
@@ -183,7 +186,7 @@ def require_unchanged(config: SCXConfig) -> None:
 
 def _spelled(config: SCXConfig) -> Iterator[tuple[str, str]]:
     """Each variable with a text that says the same."""
-    yield ENC_LAYERS, _layers_text(config.enc_layers)
+    yield ENC_LAYERS, layers_text(config.enc_layers)
     yield SECURE_DEVICE, config.secure_device
     yield ENABLE_DEBUG, str(config.enable_debug).lower()
     yield CODEC, config.codec
@@ -266,7 +269,7 @@ def parse_config(environ: Mapping[str, str]) -> SCXConfig:
         secure_device=_parse_device(environ.get(SECURE_DEVICE, "cpu")),
         enable_debug=_parse_bool(environ.get(ENABLE_DEBUG, "false")),
         key_file=Path(key_file) if key_file else None,
-        codec=_parse_codec(environ.get(CODEC, CODECS[0])),
+        codec=_parse_codec(environ.get(CODEC, DEFAULT_CODEC)),
     )
 
 
@@ -317,12 +320,16 @@ def _layer_text(layer: object) -> str:
     return str(layer)
 
 
-def _layers_text(layers: Iterable[int] | str) -> str:
+def layers_text(layers: Iterable[int] | str) -> str:
+    """As SCX_ENC_LAYERS spells it."""
     return layers if isinstance(layers, str) else ",".join(map(str, layers))
 
 
 def _parse_device(text: str) -> str:
     """Check without touching the device: CUDA must not start before vLLM forks."""
+    # Here, so that commands which need no device start without it.
+    import torch
+
     allowed = "a torch device of this machine, such as cpu, cuda or cuda:1"
     try:
         device = torch.device(text.strip())
@@ -403,3 +410,21 @@ def _leave_no_core() -> None:
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
     soft = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
     resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+
+
+def read_regular(path: Path, limit: int) -> tuple[os.stat_result, bytes]:
+    """Status and up to `limit` bytes of a regular file, both of one open descriptor.
+
+    So what the caller checks is what it read, whatever happens to the path meanwhile.
+    A link as the last component is not followed, and no fifo is waited for. Raises
+    OSError: ELOOP for a link, EINVAL for what else is no regular file.
+    """
+    descriptor = os.open(path, _READ_FLAGS)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        with open(descriptor, "rb", closefd=False) as file:
+            return status, file.read(limit)
+    finally:
+        os.close(descriptor)

@@ -13,7 +13,8 @@ import torch
 from scx.audit.capture import Border, Capture, Step
 from scx.audit.interface import Knowledge, Plaintext
 from scx.audit.public_model import LayerModel, PublicModel
-from scx.codecs import reference as codec
+from scx.codecs import rows
+from scx.codecs.permutation import encode_features
 
 Heads = torch.Tensor
 Codec = Callable[[Heads, Heads, Heads], tuple[Heads, Heads, Heads]]
@@ -33,7 +34,7 @@ def permutation(kv_heads: int, head_dim: int, seed: int) -> Codec:
 
     def encode(*parts: Heads) -> tuple[Heads, ...]:
         return tuple(
-            codec.encode_features(heads.flatten(1), key).view_as(heads) for heads in parts
+            encode_features(heads.flatten(1), key).view_as(heads) for heads in parts
         )
 
     return encode
@@ -139,12 +140,12 @@ def _rows(step: Step, start: int, end: int) -> Step:
 def _sent(models: list[LayerModel], step: Step) -> Step:
     """The step with its rows sent in a fresh order and projected."""
     for index, border in list(step.border.items()):
-        pi = codec.draw_permutation(len(step.input_ids))
-        rows = codec.embeddings_pi_left(step.hidden[index], pi)
+        pi = rows.draw_permutation(len(step.input_ids))
+        sent = rows.encode_rows(step.hidden[index], pi)
         attention = models[index].attention
         with torch.no_grad():
             qkv = torch.cat(
-                [getattr(attention, f"{name}_proj")(rows) for name in "qkv"], dim=1
+                [getattr(attention, f"{name}_proj")(sent) for name in "qkv"], dim=1
             )
-        step.border[index] = Border(rows, qkv, border.q, border.attention, border.output)
+        step.border[index] = Border(sent, qkv, border.q, border.attention, border.output)
     return step

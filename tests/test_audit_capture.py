@@ -10,7 +10,7 @@ import torch
 
 from scx.audit.capture import Recorder
 from scx.audit.public_model import PublicModel
-from scx.codecs import reference as codec
+from scx.codecs import permutation
 from tests.engines import engine, greedy, in_new_process, shut_down
 from tests.root_keys import new_key_file, root_key
 from tests.test_kv_cache import TOLERANCE, cached_tokens
@@ -80,12 +80,12 @@ def test_the_record_is_what_crosses(recorded, tiny_llama, key_file):
             torch.testing.assert_close(step.k[index], k, **TOLERANCE)
             torch.testing.assert_close(step.v[index], v, **TOLERANCE)
             continue
-        key = codec.derive_feature_key(root, index, range(k.shape[1]), k.shape[2])
+        key = permutation.derive_feature_key(root, index, range(k.shape[1]), k.shape[2])
         border = step.border[index]
         for ours, clear in ((border.q, q), (step.k[index], k), (step.v[index], v)):
-            encoded = codec.encode_features(clear.flatten(1), key)
+            encoded = permutation.encode_features(clear.flatten(1), key)
             torch.testing.assert_close(ours.flatten(1), encoded, **TOLERANCE)
-        decoded = codec.decode_features(border.attention.flatten(1), key)
+        decoded = permutation.decode_features(border.attention.flatten(1), key)
         assert torch.equal(border.output, decoded)
         assert rows_of(border.rows) == rows_of(step.hidden[index])
         assert not torch.equal(border.rows, step.hidden[index])

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scx.codecs import reference as codec
+from scx.codecs import permutation, plain, rows
 from scx.keys import RootKey
 
 ROOT = RootKey(bytes(range(32)))
@@ -66,19 +66,19 @@ def reference_attention(q, k, v, head_dim):
 @given(st.integers(0, 70))
 @settings(deadline=None)
 def test_rows_move_as_the_permutation_says_and_back(size):
-    rows = random(size, 6)
-    pi = codec.draw_permutation(size)
+    sent = random(size, 6)
+    pi = rows.draw_permutation(size)
     assert sorted(pi.tolist()) == list(range(size))
-    encoded = codec.embeddings_pi_left(rows, pi)
+    encoded = rows.embeddings_pi_left(sent, pi)
     for i, source in enumerate(pi.tolist()):
-        assert torch.equal(encoded[i], rows[source])
-    assert torch.equal(codec.decode_rows(encoded, pi), rows)
+        assert torch.equal(encoded[i], sent[source])
+    assert torch.equal(rows.decode_rows(encoded, pi), sent)
 
 
 def test_row_permutations_are_uniform():
     """Chi-squared over the 24 orders of 4 rows; the bound is the 1 - 1e-9 quantile."""
     draws = 24_000
-    counts = Counter(tuple(codec.draw_permutation(4).tolist()) for _ in range(draws))
+    counts = Counter(tuple(rows.draw_permutation(4).tolist()) for _ in range(draws))
     expected = draws / 24
     chi_squared = sum((counts[order] - expected) ** 2 / expected for order in counts)
     assert len(counts) == 24
@@ -95,7 +95,7 @@ def test_rotary_is_the_reference(head_dim, rotary_dim, is_neox_style, dtype):
     positions = torch.tensor([0, 1, 2, 63, 63, 5, 40, 7, 0])
     cache = rotary_cache(64, rotary_dim)
     before = heads.clone()
-    ours = codec.apply_rotary(heads, positions, cache, head_dim, is_neox_style)
+    ours = plain.apply_rotary(heads, positions, cache, head_dim, is_neox_style)
     theirs = reference_rotary(heads, positions, cache, head_dim, is_neox_style)
     assert ours.dtype == dtype
     assert torch.equal(heads, before)
@@ -107,31 +107,31 @@ def test_rotary_is_the_reference(head_dim, rotary_dim, is_neox_style, dtype):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (9, 3), (6, 1)])
 def test_features_move_within_their_head_and_back(heads, kv_heads, dtype):
     head_dim = 10
-    key = codec.derive_feature_key(ROOT, 0, range(kv_heads), head_dim)
+    key = permutation.derive_feature_key(ROOT, 0, range(kv_heads), head_dim)
     x = random(5, heads * head_dim, dtype=dtype)
-    encoded = codec.encode_features(x, key)
+    encoded = permutation.encode_features(x, key)
     for head in range(heads):
         for d in range(head_dim):
             source = key[head // (heads // kv_heads), d]
             column = x[:, head * head_dim + source]
             assert torch.equal(encoded[:, head * head_dim + d], column)
-    assert torch.equal(codec.decode_features(encoded, key), x)
+    assert torch.equal(permutation.decode_features(encoded, key), x)
 
 
 def test_feature_keys_belong_to_root_layer_and_global_head():
-    key = codec.derive_feature_key(ROOT, 3, range(4), 64)
+    key = permutation.derive_feature_key(ROOT, 3, range(4), 64)
     assert [sorted(head.tolist()) for head in key] == [list(range(64))] * 4
     assert len({tuple(head.tolist()) for head in key}) == 4
-    assert torch.equal(codec.derive_feature_key(ROOT, 3, range(2, 4), 64), key[2:])
-    other_layer = codec.derive_feature_key(ROOT, 4, range(4), 64)
-    other_root = codec.derive_feature_key(RootKey(b"x" * 32), 3, range(4), 64)
+    assert torch.equal(permutation.derive_feature_key(ROOT, 3, range(2, 4), 64), key[2:])
+    other_layer = permutation.derive_feature_key(ROOT, 4, range(4), 64)
+    other_root = permutation.derive_feature_key(RootKey(b"x" * 32), 3, range(4), 64)
     assert not torch.equal(other_layer, key)
     assert not torch.equal(other_root, key)
 
 
 def test_feature_key_does_not_change_between_versions():
     """A KV cache that was written stays readable: format 2, fixed by this vector."""
-    key = codec.derive_feature_key(ROOT, 3, [1], 8)
+    key = permutation.derive_feature_key(ROOT, 3, [1], 8)
     assert key.tolist() == [FEATURE_KEY_V2]
 
 
@@ -142,13 +142,13 @@ FEATURE_KEY_V2 = [6, 3, 1, 0, 4, 2, 5, 7]
 def test_attention_of_encoded_heads_is_encoded_attention(heads, kv_heads):
     """In float64, where nothing is left to tolerance but the order of sums."""
     head_dim, tokens = 16, 12
-    key = codec.derive_feature_key(ROOT, 0, range(kv_heads), head_dim)
+    key = permutation.derive_feature_key(ROOT, 0, range(kv_heads), head_dim)
     q = random(tokens, heads * head_dim, dtype=torch.float64, seed=1)
     k, v = (
         random(tokens, kv_heads * head_dim, dtype=torch.float64, seed=s) for s in (2, 3)
     )
-    encoded = [codec.encode_features(x, key) for x in (q, k, v)]
-    through = codec.decode_features(reference_attention(*encoded, head_dim), key)
+    encoded = [permutation.encode_features(x, key) for x in (q, k, v)]
+    through = permutation.decode_features(reference_attention(*encoded, head_dim), key)
     torch.testing.assert_close(
         through, reference_attention(q, k, v, head_dim), rtol=1e-13, atol=1e-13
     )

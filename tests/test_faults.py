@@ -21,7 +21,7 @@ from benchmark_throughput.records import UsageError, append_record, read_records
 from scx.codecs.permutation import PermutationCodec
 from scx.commands import demo_model as embedded
 from scx.devices import watchdog
-from scx.devices.plain import SecureLayer
+from scx.devices.plain import PlainSecureLayer
 from scx.errors import SCXError
 from scx.keys import RootKey
 from tests.engines import engine, generate_each, greedy, in_new_process
@@ -51,8 +51,8 @@ def test_the_log_says_which_layer_waits(caplog, monkeypatch):
     features = SlowCodec(PermutationCodec.derive(RootKey.draw(), 0, range(2), 8).key)
     monkeypatch.setattr(SlowCodec, "to", lambda self, device: self)
     layers = {
-        5: SecureLayer(torch.device("cpu"), features, torch.randn(4, 8), True, 4),
-        6: SecureLayer(torch.device("cpu"), features, torch.randn(4, 8), True, 4),
+        5: PlainSecureLayer(torch.device("cpu"), features, torch.randn(4, 8), True, 4),
+        6: PlainSecureLayer(torch.device("cpu"), features, torch.randn(4, 8), True, 4),
     }
     watchdog.watch(layers, patience=0.05)
     (thread,) = [t for t in threading.enumerate() if t.name == "scx-watchdog"]
@@ -78,7 +78,7 @@ def test_the_log_says_which_layer_waits(caplog, monkeypatch):
 
 def test_a_call_that_fails_does_not_count_as_waiting():
     features = PermutationCodec.derive(RootKey.draw(), 0, range(2), 8)
-    layer = SecureLayer(torch.device("cpu"), features, torch.randn(4, 8), True, 4)
+    layer = PlainSecureLayer(torch.device("cpu"), features, torch.randn(4, 8), True, 4)
     layer.encode_rows(torch.randn(3, 8))
     with pytest.raises(IndexError):
         layer.encode_features(torch.randn(2, 64), torch.tensor([0, 1]))

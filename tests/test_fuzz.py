@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scx import codecs, keys
-from scx.devices.plain import SecureLayer
+from scx.devices.plain import PlainSecureLayer
 from scx.errors import SCXConfigError
 from scx.keys import CODECS, RootKey
 
@@ -87,7 +87,7 @@ def shapes(draw):
     """One encoded layer of any model, and one step."""
     head_dim = draw(st.integers(1, 17))
     return SimpleNamespace(
-        codec=draw(st.sampled_from(CODECS)),
+        codec=draw(st.sampled_from([*CODECS])),
         dtype=draw(st.sampled_from([torch.float32, torch.float64])),
         tokens=draw(st.sampled_from([0, 1, 2, 7, 33])),
         padding=draw(st.sampled_from([0, 1, 5])),
@@ -174,12 +174,11 @@ def test_an_encoded_layer_of_any_shape_is_the_plain_one(shape):
     table = tensor(np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
     query = shape.kv_heads * shape.group
     cpu = torch.device("cpu")
-    layer = SecureLayer(cpu, features, table, shape.is_neox_style, query)
-    if shape.norms:
-        layer.norms = [
-            SimpleNamespace(weight=tensor(norm), variance_epsilon=EPSILON)
-            for norm in norm_weights
-        ]
+    norms = [
+        SimpleNamespace(weight=tensor(norm), variance_epsilon=EPSILON)
+        for norm in (norm_weights if shape.norms else ())
+    ]
+    layer = PlainSecureLayer(cpu, features, table, shape.is_neox_style, query, norms)
     # Padding holds what was there before, which may be anything.
     padding = np.full((shape.padding, shape.hidden_size), np.nan)
     padded = tensor(np.concatenate([hidden, padding]))

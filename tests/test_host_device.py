@@ -19,7 +19,8 @@ from scx import codecs
 from scx.devices import host as host_device
 from scx.devices import watchdog
 from scx.devices.host import HostDevice, HostSecureLayer
-from scx.devices.plain import SecureLayer
+from scx.devices.interface import Rank
+from scx.devices.plain import PlainSecureLayer
 from scx.errors import SCXSecureDeviceError, SCXUnsupportedError
 from scx.kernels.host import worker as host_worker
 from scx.kernels.host.table import host_kernels
@@ -79,18 +80,18 @@ def device(request):
     derive = codecs.load(codec).derive
     keys = [derive(root, i, range(KV_HEADS), HEAD_DIM) for i in (0, 1)]
     table = torch.randn(MAX_TOKENS, HEAD_DIM).to(dtype)
-    host = HostDevice(
-        keys,
-        table,
-        True,
-        HEADS,
-        HIDDEN,
-        MAX_TOKENS,
-        dtype,
-        torch.device("cpu"),
+    rank = Rank(
+        num_heads=HEADS,
+        hidden_size=HIDDEN,
+        dtype=dtype,
+        max_tokens=MAX_TOKENS,
+        cos_sin_cache=table,
+        is_neox_style=True,
+        secure_device=torch.device("cpu"),
         workers=3,
     )
-    plain = [SecureLayer(torch.device("cpu"), key, table, True, HEADS) for key in keys]
+    host = HostDevice(keys, rank)
+    plain = PlainSecureLayer.build(keys, [(), ()], rank)
     yield host, plain, dtype
     host.close()
 
@@ -204,11 +205,23 @@ def test_turns_beyond_every_width_of_a_word(turn, device):
 TABLE = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
+def small_rank(max_tokens=64, workers=2):
+    return Rank(
+        num_heads=1,
+        hidden_size=8,
+        dtype=torch.bfloat16,
+        max_tokens=max_tokens,
+        cos_sin_cache=TABLE,
+        is_neox_style=True,
+        secure_device=torch.device("cpu"),
+        workers=workers,
+    )
+
+
 def small_host(layers=1, max_tokens=64, workers=2):
     root, derive = RootKey.draw(), codecs.load("permutation").derive
     keys = [derive(root, layer, range(1), 8) for layer in range(layers)]
-    rest = torch.bfloat16, torch.device("cpu"), workers
-    return HostDevice(keys, TABLE, True, 1, 8, max_tokens, *rest)
+    return HostDevice(keys, small_rank(max_tokens, workers))
 
 
 @pytest.fixture
@@ -411,7 +424,7 @@ def test_a_request_that_no_step_makes_ends_the_workers(case):
 def test_positions_beyond_the_table_stay_within_it(position, small):
     accelerator, (features,) = StandIn(small), small.features
     nearest = 0 if position < 0 else 15
-    plain = SecureLayer(torch.device("cpu"), features, TABLE, True, 1)
+    (plain,) = PlainSecureLayer.build([features], [()], small_rank())
     qkv = torch.randn(4, 24).bfloat16()
     results = []
     for positions in (torch.full((4,), position), torch.full((4,), nearest)):

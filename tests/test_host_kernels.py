@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scx import codecs
-from scx.codecs import reference as codec
+from scx.codecs import permutation, plain
+from scx.codecs import rows as row_codec
 from scx.codecs.affine import AffineCodec
 from scx.errors import SCXError
 from scx.kernels.host import affine, panels
@@ -92,17 +93,17 @@ def in_pieces(kernel, result, *arguments):
 
 
 def codec_encoding(shuffled, pi, positions, cos_sin, key, num_heads, is_neox_style):
-    rows = codec.decode_rows(shuffled, pi)
+    decoded = row_codec.decode_rows(shuffled, pi)
     kv_heads, head_dim = key.shape
     sizes = [heads * head_dim for heads in (num_heads, kv_heads, kv_heads)]
-    query, keys, values = rows.split(sizes, dim=-1)
+    query, keys, values = decoded.split(sizes, dim=-1)
     rotate = (positions, cos_sin, head_dim, is_neox_style)
     parts = (
-        codec.apply_rotary(query, *rotate),
-        codec.apply_rotary(keys, *rotate),
+        plain.apply_rotary(query, *rotate),
+        plain.apply_rotary(keys, *rotate),
         values,
     )
-    return torch.cat([codec.encode_features(part, key) for part in parts], dim=-1)
+    return torch.cat([permutation.encode_features(part, key) for part in parts], dim=-1)
 
 
 @given(dtypes, few_rows, st.sampled_from([1, 7, 64, 200]), seeds)
@@ -114,7 +115,7 @@ def test_encode_rows_is_the_codecs(dtype, rows, columns, seed):
     result = poisoned(rows, columns, dtype)
     kernel = host_kernels(dtype, "permutation").encode_rows
     in_pieces(kernel, result, elements(source), elements(result), pi_array)
-    assert_same_bits(result, codec.embeddings_pi_left(source, pi))
+    assert_same_bits(result, row_codec.embeddings_pi_left(source, pi))
 
 
 @given(dtypes, few_rows, head_shapes(), st.floats(0, 1), st.booleans(), seeds)
@@ -152,7 +153,7 @@ def test_decode_features_is_the_codecs(dtype, rows, shape, seed):
     result = poisoned(rows, num_heads * head_dim, dtype)
     kernel = host_kernels(dtype, "permutation").decode_features
     in_pieces(kernel, result, elements(source), elements(result), inverse_key)
-    assert_same_bits(result, codec.decode_features(source, key))
+    assert_same_bits(result, permutation.decode_features(source, key))
 
 
 def rounding(heads, maps, expected):
@@ -200,9 +201,9 @@ def test_affine_features_are_the_codecs(dtype, rows, shape, fraction, is_neox, s
         *(elements(source), elements(result), rank, positions.numpy(), cos_sin.numpy()),
         *(kernels.pack(encoding), num_heads, is_neox),
     )
-    q, k, v = codec.decode_rows(source, pi).split(sizes, dim=-1)
+    q, k, v = row_codec.decode_rows(source, pi).split(sizes, dim=-1)
     rotate = (positions, cos_sin, head_dim, is_neox)
-    q, k = codec.apply_rotary(q, *rotate), codec.apply_rotary(k, *rotate)
+    q, k = plain.apply_rotary(q, *rotate), plain.apply_rotary(k, *rotate)
     for ours, heads, encode, maps in zip(
         result.split(sizes, dim=-1),
         (q, k, v),
@@ -289,11 +290,11 @@ def test_nothing_beyond_the_table_of_angles_is_read(codec_name, position):
         kernels.encode_features(qkv.numpy(), result.numpy(), *arguments, 1, True, 0, 1)
         results.append(result)
     assert torch.equal(*results)
-    turned = codec.apply_rotary(
+    turned = plain.apply_rotary(
         qkv[:, :head_dim], torch.tensor([position]), table, head_dim, True
     )
     nearest = torch.tensor([0 if position < 0 else 8])
-    expected = codec.apply_rotary(qkv[:, :head_dim], nearest, table, head_dim, True)
+    expected = plain.apply_rotary(qkv[:, :head_dim], nearest, table, head_dim, True)
     assert torch.equal(turned, expected)
 
 
@@ -315,7 +316,7 @@ def test_threads_share_a_step_in_compiled_code(dtype):
     arguments = elements(source), elements(result), pi_array
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda worker: work(*arguments, worker), range(workers)))
-    assert_same_bits(result, codec.embeddings_pi_left(source, pi))
+    assert_same_bits(result, row_codec.embeddings_pi_left(source, pi))
 
 
 def draw(words):

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from scx.codecs.permutation import PermutationCodec
 from scx.errors import SCXConfigError
 from scx.keys import RootKey, get_scx_config
-from scx.plugin import configure as engine_module
-from scx.plugin import kv_store
+from scx.plugin import kv_store, plan
+from scx.plugin.plan import EncodingPlan
 from tests import tiny_models
 from tests.engines import engine, greedy, in_new_process, shut_down, watch_rows
 from tests.root_keys import identity, new_key_file, root_key
@@ -537,17 +537,30 @@ def test_a_worker_has_the_key_of_the_model_that_was_recorded(tmp_path, monkeypat
     key_file = new_key_file(tmp_path / "key")
     monkeypatch.setenv("SCX_ENC_LAYERS", "0,2")
     monkeypatch.setenv("SCX_KEY_FILE", str(key_file))
-    model_config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4))
-    record = engine_module._record(get_scx_config(), model_config) | {"model": "abcd"}
-    vllm_config = SimpleNamespace(
-        additional_config={"scx": record}, model_config=model_config
+    from vllm.model_executor.models import ModelRegistry
+
+    model_config = SimpleNamespace(
+        hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]),
+        hf_text_config=SimpleNamespace(num_hidden_layers=4),
+        runner_type="generate",
+        convert_type="none",
+        dtype=torch.float32,
+        max_model_len=8,
+        registry=ModelRegistry,
     )
-    assert engine_module.encoded_layers(vllm_config) == (0, 2)
+    record = plan._shared(get_scx_config(), model_config) | {"model": "abcd"}
+    vllm_config = SimpleNamespace(
+        additional_config={"scx": record},
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=None),
+        model_config=model_config,
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8),
+    )
+    assert EncodingPlan.read(vllm_config).layers == (0, 2)
     expected = RootKey.load(get_scx_config()).for_model("abcd").fingerprint
-    assert engine_module.root_key(vllm_config).fingerprint == expected
+    assert EncodingPlan.read(vllm_config).root_key().fingerprint == expected
     monkeypatch.delenv("SCX_KEY_FILE")
     with pytest.raises(SCXConfigError, match="key_file=False in this worker"):
-        engine_module.encoded_layers(vllm_config)
+        EncodingPlan.read(vllm_config)
 
 
 # The exchange, between engines of different processes.
@@ -628,9 +641,9 @@ def test_a_second_process_reads_what_a_first_one_stored(tiny_llama, tmp_path):
 
 def build_after(model, folder, change):
     """Build an engine whose key file changes once the engine is configured."""
-    from scx.plugin import configure as scx_engine
+    from scx.plugin import register
 
-    configure = scx_engine.configure
+    configure = register.configure
 
     def configure_and_change(vllm_config):
         configure(vllm_config)
@@ -641,7 +654,7 @@ def build_after(model, folder, change):
         else:
             os.unlink(key_file)
 
-    scx_engine.configure = configure_and_change
+    register.configure = configure_and_change
     try:
         engine(model, skip_tokenizer_init=True, **transfer(folder))
     except Exception as error:

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scx import keys
-from scx.codecs.reference import derive_feature_key
+from scx.codecs.permutation import derive_feature_key
 from scx.errors import SCXConfigError
 from scx.keys import RootKey, SCXConfig, get_scx_config, scx_env_init
 

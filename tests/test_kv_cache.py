@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from scx.codecs import reference as spec
+from scx.codecs.permutation import derive_feature_key
 from tests.engines import engine, greedy, in_new_process, shut_down
 from tests.root_keys import new_key_file, root_key
 from tests.tiny_models import SHAPE
@@ -160,11 +160,11 @@ def test_no_key_is_in_the_compile_cache(tiny_llama, tmp_path):
     for secret in (key_file.read_bytes(), root._secret):
         needles |= {secret, secret.hex().encode()}
     for layer in (0, 1):
-        for permutation in spec.derive_feature_key(root, layer, range(2), 64):
-            numbers = permutation.tolist()[:12]
+        for key in derive_feature_key(root, layer, range(2), 64):
+            numbers = key.tolist()[:12]
             needles |= {
-                permutation[:12].numpy().tobytes(),
-                permutation[:12].to(torch.int32).numpy().tobytes(),
+                key[:12].numpy().tobytes(),
+                key[:12].to(torch.int32).numpy().tobytes(),
                 ", ".join(map(str, numbers)).encode(),
                 ",".join(map(str, numbers)).encode(),
             }

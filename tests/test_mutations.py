@@ -1,5 +1,7 @@
 """The tests would see it: leaving out any one step of the codec changes the tokens."""
 
+from unittest import mock
+
 import pytest
 
 from scx.commands.demo_model import embedded_model
@@ -8,17 +10,15 @@ from tests.engines import engine, greedy, in_new_process, shut_down
 PROMPTS = ["The capital of France is", "1, 1, 2, 3, 5, 8, 13,", "Water boils at"]
 
 STEPS = {
-    "encode rows": ("embeddings_pi_left", lambda rows, pi: rows),
-    "decode rows": ("decode_rows", lambda rows, pi: rows),
-    "rotate": ("apply_rotary", lambda heads, *_: heads),
-    "encode features": ("encode_features", lambda heads, key: heads),
-    "decode features": ("decode_features", lambda heads, key: heads),
+    "encode rows": ("rows.encode_rows", lambda rows, pi: rows),
+    "decode rows": ("rows.decode_rows", lambda rows, pi: rows),
+    "rotate": ("plain.apply_rotary", lambda heads, *_: heads),
+    "encode features": ("permutation.encode_features", lambda heads, key: heads),
+    "decode features": ("permutation.decode_features", lambda heads, key: heads),
 }
 
 
 def tokens_without_each_step(model):
-    from scx.codecs import reference as codec
-
     def tokens():
         llm = engine(model)
         result = greedy(llm, PROMPTS, max_tokens=8)
@@ -27,10 +27,8 @@ def tokens_without_each_step(model):
 
     results = {"nothing": tokens()}
     for step, (name, left_out) in STEPS.items():
-        whole = getattr(codec, name)
-        setattr(codec, name, left_out)
-        results[step] = tokens()
-        setattr(codec, name, whole)
+        with mock.patch(f"scx.codecs.{name}", left_out):
+            results[step] = tokens()
     results["nothing again"] = tokens()
     return results
 

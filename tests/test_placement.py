@@ -8,7 +8,7 @@ import torch
 from scx.devices import placement
 from scx.errors import SCXUnsupportedError
 from scx.keys import SCXConfig
-from scx.plugin import configure as engine
+from scx.plugin import refusals
 
 
 def configuration(device_type="cuda", **parallel):
@@ -62,7 +62,8 @@ def test_an_engine_is_refused_for_it_before_weights_load():
     vllm_config = configuration()
     vllm_config.lora_config = vllm_config.speculative_config = None
     config = SCXConfig((0,), "cuda:0", False, None)
-    first = next(engine._feature_obstacles(vllm_config, config))
+    plan = SimpleNamespace(config=config)
+    first = next(refusals.feature_obstacles(vllm_config, plan))
     assert [first] == obstacles("cuda:0")
 
 

@@ -4,6 +4,7 @@ Most cases stop at the configuration: a config.json without weights is enough.
 """
 
 import os
+import pkgutil
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ import pytest
 import scx
 from scx import keys
 from scx.errors import SCXConfigError, SCXNotEncodedError, SCXUnsupportedError
-from scx.plugin import configure as engine
-from scx.plugin import register as plugin
+from scx.plugin import register
+from scx.plugin.architectures import ARCHITECTURES
+from scx.plugin.configure import configure
 from tests import tiny_models
 from tests.engines import in_new_process
 
@@ -270,7 +272,7 @@ def test_a_lookup_never_raises_and_the_call_does(monkeypatch):
     def fail():
         raise ImportError("no such library")
 
-    monkeypatch.setattr(plugin, "join", fail)
+    monkeypatch.setattr(register, "join", fail)
     found = scx.init_vllm_plugin
     with pytest.raises(ImportError, match="no such library"):
         found()
@@ -351,12 +353,12 @@ def ranks_say(*records, patience=60):
         if records[rank] == "-":
             return None
         try:
-            plugin.require_alike(store, rank, len(records), records[rank])
+            register.require_alike(store, rank, len(records), records[rank])
         except SCXNotEncodedError as error:
             return str(error)
 
     with (
-        mock.patch.object(plugin, "PATIENCE", timedelta(seconds=patience)),
+        mock.patch.object(register, "PATIENCE", timedelta(seconds=patience)),
         ThreadPoolExecutor(len(records)) as pool,
     ):
         return list(pool.map(say, range(len(records))))
@@ -385,7 +387,7 @@ def test_a_rank_that_encodes_does_not_serve_beside_one_that_does_not(other):
 def require(record, model, layers, monkeypatch):
     monkeypatch.setenv("SCX_ENC_LAYERS", layers)
     vllm_config = SimpleNamespace(additional_config={"scx": record} if record else {})
-    plugin.require_encoded(vllm_config, SimpleNamespace(get_model=lambda: model))
+    register.require_encoded(vllm_config, SimpleNamespace(get_model=lambda: model))
 
 
 def loaded(encoded, layers=4):
@@ -440,7 +442,7 @@ def test_a_worker_with_our_model_serves(monkeypatch):
 def test_with_encoding_off_no_model_is_looked_at(monkeypatch):
     monkeypatch.setenv("SCX_ENC_LAYERS", "")
     vllm_config = SimpleNamespace(additional_config={})
-    plugin.require_encoded(vllm_config, worker=None)
+    register.require_encoded(vllm_config, worker=None)
 
 
 def serve_unseen(model, log, arguments):
@@ -488,19 +490,18 @@ def test_nor_does_one_in_processes_of_its_own(runner, config, tmp_path):
 
 def test_our_classes_are_those_of_the_table():
     """Each is a subclass of the stock class in whose place it runs, and of no other."""
-    import importlib
+    from scx.models.attention import SCXAttention
 
-    for stock, ours in engine.ENCODED_CLASSES.items():
-        stock_class, our_class = (
-            getattr(importlib.import_module(module), name)
-            for module, name in (path.split(":") for path in (stock, ours))
-        )
-        assert our_class.__bases__[1] is stock_class
+    for architecture in ARCHITECTURES:
+        our_class = pkgutil.resolve_name(architecture.encoded)
+        assert our_class.__bases__[1] is pkgutil.resolve_name(architecture.stock)
+        has_norms = our_class.attention_class.head_norms is not SCXAttention.head_norms
+        assert architecture.norms == has_norms
 
 
 def test_a_changed_setting_is_still_refused(monkeypatch):
-    monkeypatch.setattr(engine, "register", lambda: None)
+    monkeypatch.setattr("scx.plugin.configure.register", lambda: None)
     monkeypatch.setattr(keys, "_config_of_process", keys.parse_config(ON))
     monkeypatch.setenv("SCX_ENC_LAYERS", "3")
     with pytest.raises(SCXConfigError, match="SCX_ENC_LAYERS='3'"):
-        engine.configure(SimpleNamespace(model_config=None))
+        configure(SimpleNamespace(model_config=None))

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from scx import codecs
 from scx.errors import SCXUnsupportedError
 from scx.keys import SCXConfig
-from scx.plugin import configure as engine
+from scx.plugin.architectures import encoded_architectures
+from scx.plugin.refusals import model_obstacles, require_cache
 from tests import tiny_models
 from tests.engines import in_new_process
 
@@ -283,7 +285,7 @@ def described(architecture, quantization=None):
 @pytest.mark.parametrize("quantization", ["bitsandbytes", "modelopt", "torchao"])
 def test_quantised_weights_that_were_not_run_are_refused_by_name(quantization):
     """Where this suite runs, vLLM itself refuses most of them before."""
-    (obstacle,) = engine._model_obstacles(described("LlamaForCausalLM", quantization))
+    (obstacle,) = model_obstacles(described("LlamaForCausalLM", quantization))
     assert obstacle == (
         f"quantization={quantization!r} was never run encoded: use AWQ, GPTQ, fp8 or "
         "compressed-tensors, or weights that are not quantised"
@@ -305,10 +307,10 @@ def test_quantised_weights_that_were_not_run_are_refused_by_name(quantization):
 )
 def test_models_around_an_encoded_one_are_refused_by_name(architecture):
     """Those of images need packages that this environment lacks to get this far."""
-    (obstacle,) = engine._model_obstacles(described(architecture))
+    (obstacle,) = model_obstacles(described(architecture))
     assert obstacle == (
         f"{architecture} is not encoded: use one of "
-        f"{', '.join(engine.encoded_architectures())}, or unset SCX_ENC_LAYERS"
+        f"{', '.join(encoded_architectures())}, or unset SCX_ENC_LAYERS"
     )
 
 
@@ -402,8 +404,9 @@ def test_weights_that_bring_scales_for_an_fp8_cache(tmp_path):
 
 def test_the_cache_that_a_layer_got_is_looked_at_once_more():
     config = SCXConfig((0,), "cpu", False, None, "affine")
+    plan = SimpleNamespace(config=config, codec=codecs.load("affine"))
     with pytest.raises(SCXUnsupportedError, match="kv_cache_dtype='fp8' clips"):
-        engine.require_cache("fp8", config)
+        require_cache("fp8", plan)
 
 
 def test_layer_beyond_the_model(llama):
@@ -428,17 +431,17 @@ def test_turned_on_after_a_plain_engine_was_configured(llama):
 def build_in_worker_without_variables(model):
     """What a remote worker meets that was not given our variables."""
     from scx import keys
-    from scx.plugin import configure as scx_engine
+    from scx.plugin import register
     from tests.engines import engine
 
-    configure = scx_engine.configure
+    configure = register.configure
 
     def configure_and_forget(vllm_config):
         configure(vllm_config)
         os.environ["SCX_ENC_LAYERS"] = ""
         keys.pin_config()
 
-    scx_engine.configure = configure_and_forget
+    register.configure = configure_and_forget
     try:
         engine(model, skip_tokenizer_init=True, load_format="dummy")
     except Exception as error:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from scx.codecs import reference as codec
+from scx.codecs import plain
 from scx.errors import SCXUnsupportedError
 from scx.plugin import rotary
 from tests import tiny_models
@@ -79,7 +79,7 @@ def test_the_table_turns_as_vllm_does(name, max_model_len, dtype):
     assert table.cos_sin_cache.dtype == dtype
     positions = torch.tensor([0, 1, 7, max_model_len - 1])
     heads = torch.randn(4, 3 * HEAD_DIM, generator=torch.manual_seed(0)).to(dtype)
-    turned = codec.apply_rotary(heads, positions, *table[:1], HEAD_DIM, table[1])
+    turned = plain.apply_rotary(heads, positions, *table[:1], HEAD_DIM, table[1])
     turn = getattr(vllms, "forward_native", vllms.forward)
     expected, _ = turn(positions, heads.clone(), heads.clone())
     # Where vLLM rounds each product and sum, we round once.

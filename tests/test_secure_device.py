@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 
-from scx.codecs import reference as codec
+from scx.codecs import permutation, plain
 from scx.codecs.permutation import PermutationCodec
-from scx.devices.plain import SecureLayer
+from scx.devices.plain import PlainSecureLayer
 from scx.keys import RootKey
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 4, 2, 8, 12
@@ -19,7 +19,7 @@ WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 def layer():
     features = PermutationCodec.derive(RootKey.draw(), 0, range(KV_HEADS), HEAD_DIM)
     table = torch.randn(64, HEAD_DIM)
-    secure = SecureLayer(torch.device("cpu"), features, table, True, HEADS)
+    secure = PlainSecureLayer(torch.device("cpu"), features, table, True, HEADS)
     return secure, features.key, table
 
 
@@ -33,13 +33,13 @@ def test_a_step_is_the_codec_in_order(layer, tokens):
     # Without the row shuffle, which must have left no trace but the order of sums.
     plain_q, plain_k, plain_v = (hidden @ weight).split((32, 16, 16), dim=-1)
     for ours, heads in ((q, plain_q), (k, plain_k)):
-        turned = codec.apply_rotary(heads, positions, table, HEAD_DIM, True)
-        torch.testing.assert_close(ours, codec.encode_features(turned, key))
-    torch.testing.assert_close(v, codec.encode_features(plain_v, key))
+        turned = plain.apply_rotary(heads, positions, table, HEAD_DIM, True)
+        torch.testing.assert_close(ours, permutation.encode_features(turned, key))
+    torch.testing.assert_close(v, permutation.encode_features(plain_v, key))
     torch.testing.assert_close(secure.features.decode_values(v), plain_v)
 
     output = torch.full((tokens, HEADS * HEAD_DIM), torch.nan)
-    secure.decode_features(codec.encode_features(plain_q, key), output)
+    secure.decode_features(permutation.encode_features(plain_q, key), output)
     assert torch.equal(output, plain_q)
 
 

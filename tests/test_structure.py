@@ -15,19 +15,18 @@ PACKAGE = Path(scx.__file__).parent
 # What each room may import. Everything points down.
 ALLOWED = {
     "errors": set(),
-    "files": set(),
-    "keys": {"errors", "files"},
+    "keys": {"errors"},
     "codecs": {"codecs", "errors", "keys"},
     "kernels": {"errors", "kernels"},
     "devices": {"codecs", "devices", "errors", "keys", "kernels"},
-    "plugin": {"devices", "errors", "files", "keys", "models", "plugin"},
-    "models": {"codecs", "devices", "errors", "keys", "models", "plugin"},
+    "plugin": {"codecs", "devices", "errors", "keys", "plugin"},
+    "models": {"devices", "errors", "keys", "models", "plugin"},
     "audit": {"audit", "errors", "keys", "plugin"},
-    "commands": {"errors", "keys", "kernels"},
+    "commands": {"audit", "commands", "errors", "keys", "kernels", "plugin"},
     "__init__": {"plugin"},
     "__main__": {"", "audit", "commands", "errors", "keys", "plugin"},
 }
-MAY_IMPORT_VLLM = {"__init__", "audit", "models", "plugin", "__main__"}
+MAY_IMPORT_VLLM = {"__init__", "audit", "commands", "models", "plugin", "__main__"}
 
 
 def room(path):

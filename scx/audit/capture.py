@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from scx.errors import SCXUnsupportedError
-from scx.plugin import configure as engine
+from scx.plugin.plan import EncodingPlan
 
 
 @dataclass(frozen=True)
@@ -157,17 +157,13 @@ def record(
         max_model_len=max(map(len, prompts)) + new_tokens,
         **engine_args,
     )
-    made: Any = engine.record_of(llm.llm_engine.vllm_config)
-    layers, used = tuple(made["layers"]), made["codec"]
-    (normed,) = llm.apply_model(
-        lambda loaded: any(name.endswith(".k_norm") for name, _ in loaded.named_modules())
-    )
-    if normed:
+    plan: Any = EncodingPlan.read(llm.llm_engine.vllm_config)
+    if plan.architecture.norms:
         raise SCXUnsupportedError(
             f"--model {model!r}: the attacks do not know key norms, as Qwen3 has: use a "
             "Qwen2, Llama or Mistral model"
         )
-    (recorder,) = llm.apply_model(lambda loaded: Recorder(loaded, layers))
+    (recorder,) = llm.apply_model(lambda loaded: Recorder(loaded, plan.layers))
     params = SamplingParams(
         temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
     )
@@ -180,7 +176,7 @@ def record(
     alone = [run([prompt]) for prompt in tqdm(prompts, desc="capture", unit="prompt")]
     together = run(prompts)
     recorder.remove()
-    capture = Capture(layers, recorder.num_layers, used, alone, together)
+    capture = Capture(plan.layers, recorder.num_layers, plan.codec.name, alone, together)
     llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
     return capture

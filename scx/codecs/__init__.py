@@ -1,15 +1,15 @@
-"""How the features of queries, keys and values are encoded: one file a codec.
+"""What encodes: rows, and the features of queries, keys and values, one file per codec.
 
-The rows are shuffled alike in all of them, by `scx.codecs.reference`. A third codec is
-one more file with a subclass of FeatureCodec and one more name in `load`.
+`rows` and `plain` serve all codecs. Another codec is one more file with a subclass of
+FeatureCodec, and one more row in `scx.keys.CODECS`.
 """
 
+import pkgutil
+
 from scx.codecs.interface import FeatureCodec
+from scx.keys import CODECS
 
 
 def load(name: str) -> type[FeatureCodec]:
     """The codec that SCX_CODEC names, one of `scx.keys.CODECS`."""
-    from scx.codecs.affine import AffineCodec
-    from scx.codecs.permutation import PermutationCodec
-
-    return {codec.name: codec for codec in (PermutationCodec, AffineCodec)}[name]
+    return pkgutil.resolve_name(CODECS[name])

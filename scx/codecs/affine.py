@@ -39,6 +39,8 @@ class AffineCodec(FeatureCodec):
     """
 
     name = "affine"
+    moves_only = False
+    host_kernels = "affine"
     largest_key_bias = 20.0
 
     def __init__(

@@ -21,6 +21,13 @@ class FeatureCodec(ABC):
 
     name: ClassVar[str]
     """Its name in `scx.keys.CODECS`."""
+    moves_only: ClassVar[bool]
+    """Whether it only moves features, so that values survive and none is rounded. Then
+    `tables` are int64 (M, D): feature d of an encoded head is its feature key[m, d], and
+    the inverse."""
+    host_kernels: ClassVar[str] = ""
+    """The module of `scx.kernels.host` with its fused kernels; empty without one, and the
+    secure device runs the calls below instead."""
     largest_key_bias: ClassVar[float] = math.inf
     """The key bias above which heads of 16 bits lose more than the codec's class says."""
     kv_heads: int

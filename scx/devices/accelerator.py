@@ -1,56 +1,76 @@
 """The accelerator itself as secure device, as in a GPU with confidential computing.
 
-Nothing leaves the accelerator and nothing waits for the host: the steps are the
+Nothing leaves the accelerator and nothing waits for the host: the calls are the
 kernels of `scx.kernels.cuda.secure`, which any CUDA graph can hold.
 """
 
 import os
+from collections.abc import Sequence
 
 import torch
+from typing_extensions import Self
 
 from scx.codecs.interface import FeatureCodec
-from scx.codecs.permutation import PermutationCodec
-from scx.devices.plain import SecureLayer, Traffic
+from scx.devices.interface import HeadNorm, Rank, SecureLayer, Traffic, qkv_sizes
+from scx.errors import SCXSecureDeviceError
 from scx.kernels.cuda import secure as kernels
 
 
 class AcceleratorSecureLayer(SecureLayer):
-    """The secure part of one encoded layer where both devices are one.
+    """One encoded layer on the accelerator, whose results are contiguous.
 
-    Its calls are those of SecureLayer; their results are contiguous. Row orders
-    come from ChaCha20 under a key of the operating system's that is the layer's
-    own and that it never lets go.
+    Row orders come from ChaCha20 under a key from the operating system that is the
+    layer's own and that it never lets go.
     """
+
+    in_graphs = True
+    on_accelerator = True
+
+    @classmethod
+    def build(
+        cls,
+        features: Sequence[FeatureCodec],
+        norms: Sequence[Sequence[HeadNorm]],
+        rank: Rank,
+    ) -> list[Self]:
+        return [
+            cls(each, rank.cos_sin_cache, rank.is_neox_style, rank.num_heads)
+            for each in features
+        ]
 
     def __init__(
         self,
-        device: torch.device,
         features: FeatureCodec,
         cos_sin_cache: torch.Tensor,
         is_neox_style: bool,
         num_heads: int,
     ) -> None:
-        super().__init__(device, features, cos_sin_cache, is_neox_style, num_heads)
+        """`features` are moved to where `cos_sin_cache` (max_position, R) is."""
+        self.device = cos_sin_cache.device
+        self.features = features.to(self.device)
+        self._cos_sin_cache = cos_sin_cache
+        self._is_neox_style = is_neox_style
         self._num_heads = num_heads
-        self._permutes = isinstance(self.features, PermutationCodec)
-        if self._permutes:
+        self._split = qkv_sizes(num_heads, features)
+        self._order: torch.Tensor | None = None
+        if features.moves_only:
             self._key, self._inverse_key = self.features.tables
         else:
-            # Other features are mapped afterwards, by torch operations that a graph
-            # holds as well.
-            stay = torch.arange(features.head_dim, device=device)
+            # Other codecs map the features afterwards, by torch operations, which a
+            # graph holds as well.
+            stay = torch.arange(features.head_dim, device=self.device)
             self._key = stay.repeat(features.kv_heads, 1)
         random_bytes = bytearray(os.urandom(32))
-        self._row_key = torch.frombuffer(random_bytes, dtype=torch.int32).to(device)
+        self._row_key = torch.frombuffer(random_bytes, dtype=torch.int32).to(self.device)
         # Steps and tokens so far. Graphs are replayed without Python, so the device
         # counts; the steps are the nonces of the row orders.
-        self._counters = torch.zeros(2, dtype=torch.int64, device=device)
+        self._counters = torch.zeros(2, dtype=torch.int64, device=self.device)
         self._row_bytes = 0
 
     def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
         words = kernels.draw_words(self._row_key, self._counters, len(hidden_states))
         hidden_states = hidden_states.contiguous()
-        rows, self._pi = kernels.encode_rows(hidden_states, words, self._counters)
+        rows, self._order = kernels.encode_rows(hidden_states, words, self._counters)
         self._row_bytes = (
             hidden_states.shape[1] + sum(self._split) + self._split[0]
         ) * hidden_states.itemsize
@@ -59,9 +79,13 @@ class AcceleratorSecureLayer(SecureLayer):
     def encode_features(
         self, qkv: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As SecureLayer. Raises SCXSecureDeviceError without an `encode_rows` before."""
+        order, self._order = self._order, None
+        if order is None:
+            raise SCXSecureDeviceError("encode_features without encode_rows before it")
         encoded = kernels.encode_features(
             qkv.contiguous(),
-            self._take_order(),
+            order,
             positions,
             self._cos_sin_cache,
             self._key,
@@ -69,13 +93,17 @@ class AcceleratorSecureLayer(SecureLayer):
             self._is_neox_style,
         )
         q, k, v = encoded.split(self._split, dim=-1)
-        if self._permutes:
+        features = self.features
+        if features.moves_only:
             return q, k, v
-        encode = self.features
-        return encode.encode_queries(q), encode.encode_keys(k), encode.encode_values(v)
+        return (
+            features.encode_queries(q),
+            features.encode_keys(k),
+            features.encode_values(v),
+        )
 
     def decode_features(self, attention: torch.Tensor, output: torch.Tensor) -> None:
-        if self._permutes:
+        if self.features.moves_only:
             kernels.decode_features(attention.contiguous(), self._inverse_key, output)
         else:
             output.copy_(self.features.decode_output(attention))

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 import torch
+from typing_extensions import Self
 
 from scx.codecs.interface import FeatureCodec
-from scx.devices.plain import Traffic
+from scx.devices.interface import HeadNorm, Rank, SecureLayer, Traffic, qkv_sizes
 from scx.errors import SCXSecureDeviceError
 from scx.kernels.host import worker as host_worker
 from scx.kernels.host.table import host_kernels
@@ -64,10 +65,10 @@ class _Workers:
     failure: str | None = None
     """Why they serve no more, or None while they do."""
 
-    def __init__(self, dtype: torch.dtype, codec: str, shared: Shared, own: Private):
+    def __init__(self, dtype: torch.dtype, kernels: str, shared: Shared, own: Private):
         """Compiles their loop and starts as many as `own.served` has rows for."""
         self._shared, self._own = shared, own
-        self._serve = host_worker.worker_loop(dtype, codec)
+        self._serve = host_worker.worker_loop(dtype, kernels)
         self._serve.compile(tuple(map(numba.typeof, (0, shared, own))))
         self.threads = [
             threading.Thread(
@@ -103,63 +104,52 @@ class _Workers:
 class HostDevice:
     """The secure memory and the workers of one rank, shared by its encoded layers."""
 
-    def __init__(
-        self,
-        features: Sequence[FeatureCodec],
-        cos_sin_cache: torch.Tensor,
-        is_neox_style: bool,
-        num_heads: int,
-        hidden_size: int,
-        max_tokens: int,
-        dtype: torch.dtype,
-        accelerator: torch.device,
-        workers: int,
-    ) -> None:
+    def __init__(self, features: Sequence[FeatureCodec], rank: Rank) -> None:
         """One codec of features for each encoded layer, in the order of their slots.
 
-        `dtype` is that of the rows, `max_tokens` the most tokens of a step. Compiles the
-        workers' loop, which takes seconds, and starts them. Raises SCXUnsupportedError
-        for a step or a model that is too large for the protocol.
+        Compiles the workers' loop, which takes seconds, and starts `rank.workers` of
+        them. Raises SCXUnsupportedError if a step or a model is too large for the
+        protocol.
         """
-        kv_heads, head_dim = features[0].kv_heads, features[0].head_dim
-        self.query_size, self.kv_size = num_heads * head_dim, kv_heads * head_dim
+        self.split = qkv_sizes(rank.num_heads, features[0])
         widths = {
-            ENCODE_ROWS: hidden_size,
-            ENCODE_FEATURES: self.query_size + 2 * self.kv_size,
-            DECODE_FEATURES: self.query_size,
+            ENCODE_ROWS: rank.hidden_size,
+            ENCODE_FEATURES: sum(self.split),
+            DECODE_FEATURES: self.split[0],
         }
         slots = range(len(features))
         hops = [[kind, slot, widths[kind]] for slot in slots for kind in range(3)]
-        require_within_limits(max_tokens, len(hops))
+        require_within_limits(rank.max_tokens, len(hops))
         self.device = torch.device("cpu")
-        self.max_tokens = max_tokens
+        self.max_tokens = rank.max_tokens
         self.features = [each.to(self.device) for each in features]
-        self.mailbox = Mailbox.allocate(max_tokens, max(widths.values()), dtype)
-        self.sequence = torch.zeros(1, dtype=torch.int64, device=accelerator)
-        self.arrivals = torch.zeros(1, dtype=torch.int32, device=accelerator)
+        self.mailbox = Mailbox.allocate(rank.max_tokens, max(widths.values()), rank.dtype)
+        self.sequence = torch.zeros(1, dtype=torch.int64, device=rank.accelerator)
+        self.arrivals = torch.zeros(1, dtype=torch.int32, device=rank.accelerator)
         self.counters = np.zeros((len(slots), 5), np.int64)
 
-        codec = features[0].name
-        pack = host_kernels(dtype, codec).pack
+        kernels = features[0].host_kernels
+        pack = host_kernels(rank.dtype, kernels).pack
         tables = zip(*(each.tables for each in self.features), strict=True)
         encoding_keys, decoding_keys = (pack(torch.stack(layers)) for layers in tables)
+        cos_sin = rank.cos_sin_cache.to(self.device, torch.float32).contiguous()
         shared = {name: _array(words) for name, words in vars(self.mailbox).items()}
         own = Private(
             control=np.zeros(CONTROL_WORDS, np.int64),
-            served=np.zeros((workers, FLAG_STRIDE), np.int64),
+            served=np.zeros((rank.workers, FLAG_STRIDE), np.int64),
             trip=np.zeros(3, np.int64),
             hops=np.array(hops, np.int64),
             orders=np.zeros((len(slots), 2), np.int64),
-            words=np.zeros((len(slots), max_tokens), np.uint64),
+            words=np.zeros((len(slots), rank.max_tokens), np.uint64),
             encoding_keys=encoding_keys,
             decoding_keys=decoding_keys,
-            cos_sin=cos_sin_cache.to(self.device, torch.float32).contiguous().numpy(),
+            cos_sin=cos_sin.numpy(),
             counters=self.counters,
-            num_heads=num_heads,
-            is_neox_style=is_neox_style,
+            num_heads=rank.num_heads,
+            is_neox_style=rank.is_neox_style,
             patience=PATIENCE_NAPS,
         )
-        self.workers = _Workers(dtype, codec, Shared(**shared), own)
+        self.workers = _Workers(rank.dtype, kernels, Shared(**shared), own)
         # Also at the end of the interpreter. The threads hold nothing of this object.
         self._finalizer = weakref.finalize(self, self.workers.close)
 
@@ -169,9 +159,14 @@ class HostDevice:
         self._finalizer()
 
     def exchange(
-        self, source: torch.Tensor, hop: int, positions: torch.Tensor | None = None
+        self,
+        source: torch.Tensor,
+        hop: int,
+        target: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What the host makes of the rows of `source` (T, W) in this hop: (T, W).
+        """What the host makes of the rows of `source` (T, W) in this hop: `target`
+        (T, W), which is contiguous, or a new tensor.
 
         Raises SCXSecureDeviceError for more rows than the staging memory holds, and if
         the workers have ended.
@@ -187,51 +182,61 @@ class HostDevice:
                 "that max_num_batched_tokens announced"
             )
         source = source.contiguous()
-        target = torch.empty_like(source)
+        if target is None:
+            target = torch.empty_like(source)
         exchange(
             source, target, positions, self.mailbox, self.sequence, self.arrivals, hop
         )
         return target
 
 
-class HostSecureLayer:
-    """One encoded layer of a HostDevice; its calls are those of SecureLayer."""
+class HostSecureLayer(SecureLayer):
+    """One encoded layer of a HostDevice."""
+
+    in_graphs = True
+
+    @classmethod
+    def build(
+        cls,
+        features: Sequence[FeatureCodec],
+        norms: Sequence[Sequence[HeadNorm]],
+        rank: Rank,
+    ) -> list[Self]:
+        host = HostDevice(features, rank)
+        _logger.info(
+            "SCX host device: %d workers, %.1f MiB pinned",
+            len(host.workers.threads),
+            host.mailbox.nbytes / 2**20,
+        )
+        return [cls(host, slot) for slot in range(len(features))]
 
     def __init__(self, host: HostDevice, slot: int) -> None:
         self.device = host.device
+        self.features = host.features[slot]
         self._host = host
         self._slot = slot
 
     def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """As SecureLayer.encode_rows; above GROUP_ROWS rows, shuffled within groups."""
+        """As SecureLayer. More than GROUP_ROWS rows are shuffled within groups."""
         return self._host.exchange(hidden_states, self._hop(ENCODE_ROWS))
 
     def encode_features(
         self, qkv: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As SecureLayer.encode_features."""
-        encoded = self._host.exchange(qkv, self._hop(ENCODE_FEATURES), positions)
-        sizes = (self._host.query_size, self._host.kv_size, self._host.kv_size)
-        q, k, v = encoded.split(sizes, dim=-1)
+        hop = self._hop(ENCODE_FEATURES)
+        encoded = self._host.exchange(qkv, hop, positions=positions)
+        q, k, v = encoded.split(self._host.split, dim=-1)
         return q, k, v
 
     def decode_features(self, attention: torch.Tensor, output: torch.Tensor) -> None:
-        """As SecureLayer.decode_features."""
-        output.copy_(self._host.exchange(attention, self._hop(DECODE_FEATURES)))
-
-    @property
-    def features(self) -> FeatureCodec:
-        """As SecureLayer.features."""
-        return self._host.features[self._slot]
+        self._host.exchange(attention, self._hop(DECODE_FEATURES), target=output)
 
     @property
     def busy_since(self) -> float | None:
-        """As WatchedLayer.busy_since."""
         return self._host.workers.busy_since(self._slot)
 
     @property
     def failure(self) -> str | None:
-        """As WatchedLayer.failure."""
         return self._host.workers.failure
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge
 
-from scx.devices.plain import Traffic
+from scx.devices.interface import SecureLayer, Traffic
 
 # Under vLLM's root logger, so that its handlers and levels apply.
 logger = logging.getLogger("vllm.scx")
@@ -44,7 +44,7 @@ def _encoded_layers() -> Gauge:
     )
 
 
-def count_layers(layers: Sequence[Any]) -> None:
+def count_layers(layers: Sequence[SecureLayer]) -> None:
     """Show that these secure layers are there, for as long as the first one is."""
     _encoded_layers().inc(len(layers))
     weakref.finalize(layers[0], _encoded_layers().dec, len(layers))
@@ -57,7 +57,7 @@ class Reporter(threading.Thread):
     in the process where the layers run.
     """
 
-    def __init__(self, layers: Sequence[Any], interval: float) -> None:
+    def __init__(self, layers: Sequence[SecureLayer], interval: float) -> None:
         """`layers` have a `traffic` that can be read at any time; `interval` is in
         seconds."""
         super().__init__(name="scx-metrics", daemon=True)

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Mapping
 
-from scx.devices.plain import WatchedLayer
+from scx.devices.interface import SecureLayer
 
 PATIENCE = 30.0
 """Seconds."""
@@ -15,7 +15,7 @@ PATIENCE = 30.0
 _logger = logging.getLogger("vllm.scx")
 
 
-def watch(layers: Mapping[int, WatchedLayer], patience: float = PATIENCE) -> None:
+def watch(layers: Mapping[int, SecureLayer], patience: float = PATIENCE) -> None:
     """Watch secure layers, by index, from a thread that ends when they are gone.
 
     One line is logged where a call takes longer than `patience`, and again each time
@@ -30,14 +30,14 @@ def watch(layers: Mapping[int, WatchedLayer], patience: float = PATIENCE) -> Non
 
 
 def _watch(
-    layers: "weakref.WeakValueDictionary[int, WatchedLayer]", patience: float
+    layers: "weakref.WeakValueDictionary[int, SecureLayer]", patience: float
 ) -> None:
     while layers:
         time.sleep(patience)
         _report(layers, patience)
 
 
-def _report(layers: Mapping[int, WatchedLayer], patience: float) -> None:
+def _report(layers: Mapping[int, SecureLayer], patience: float) -> None:
     now = time.monotonic()
     for index, layer in layers.items():
         since = layer.busy_since

@@ -9,16 +9,14 @@ nothing, which vLLM's graph splitting and CUDA graphs ask for.
 """
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import library, nn
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
-if TYPE_CHECKING:
-    from scx.devices.host import HostSecureLayer
-    from scx.devices.plain import SecureLayer
+from scx.devices.interface import HeadNorm, SecureLayer
 
 OP_NAME = "scx::encoded_attention"
 
@@ -56,13 +54,13 @@ class SCXAttention(nn.Module):
     """The forward pass that an encoded layer has in place of its stock one.
 
     A subclass names the stock attention as its second base. An instance is not
-    constructed but converted by `encode`, after the stock constructor ran, so
-    that parameters, weight names and quantisation are the stock ones.
+    constructed but converted in place (SCXForCausalLM), after the stock constructor ran,
+    so that parameters, weight names and quantisation are the stock ones.
     """
 
     layer_name: str
     layer_index: int
-    secure: "SecureLayer | HostSecureLayer"
+    secure: SecureLayer
     key_fingerprint: str
     debug: bool
     calls: int = 0
@@ -81,7 +79,7 @@ class SCXAttention(nn.Module):
     hidden_size: int
 
     @property
-    def head_norms(self) -> tuple[nn.Module, ...]:
+    def head_norms(self) -> tuple[HeadNorm, ...]:
         """The norms of queries and of keys, where the stock attention has them."""
         return ()
 
@@ -99,7 +97,11 @@ class SCXAttention(nn.Module):
         hidden_states: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        """Write the attention's result before o_proj to `output` (T, N x D)."""
+        """Write the attention's result before o_proj to `output` (T, N x D).
+
+        `hidden_states` is (T, H), `positions` int64 (T,); `output` is contiguous. All are
+        on the accelerator.
+        """
         start = time.perf_counter()
         self.calls += 1
         rows = self.secure.encode_rows(hidden_states)

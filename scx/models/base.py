@@ -12,17 +12,18 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 
-from scx import codecs
-from scx.devices import metrics, placement, watchdog
-from scx.devices.plain import SecureLayer
+from scx import devices
+from scx.devices.interface import Rank
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
-from scx.keys import ENC_LAYERS, RootKey, SCXConfig, get_scx_config
+from scx.keys import ENC_LAYERS, RootKey
 from scx.models.attention import OP_NAME, SCXAttention, logger
-from scx.plugin import configure as engine
+from scx.plugin import kv_store, refusals
+from scx.plugin.architectures import EncodedModel
+from scx.plugin.plan import EncodingPlan
 from scx.plugin.rotary import table_of
 
 
-class SCXForCausalLM(nn.Module):
+class SCXForCausalLM(EncodedModel, nn.Module):
     """Mixed in before a stock class: encodes the layers that the engine recorded.
 
     The stock constructor builds the model; then the attention of each chosen
@@ -36,48 +37,45 @@ class SCXForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        here = range(self.model.start_layer, self.model.end_layer)
-        chosen = [i for i in engine.encoded_layers(vllm_config) if i in here]
+        plan, here = EncodingPlan.read(vllm_config), self._layers_here()
+        chosen = [i for i in plan.layers if i in here] if plan else []
+        self.plan = plan
         self.encoded = [self.model.layers[i].self_attn for i in chosen]
-        if not chosen:
+        if plan is None or not chosen:
             return
-        config = get_scx_config()
-        root = engine.root_key(vllm_config)
-        engine.claim_store(vllm_config, root)
+        root = plan.root_key()
+        kv_store.claim(vllm_config, root.fingerprint, plan.record)
         for index, attention in zip(chosen, self.encoded, strict=True):
-            engine.require_cache(attention.attn.kv_cache_dtype, config)
+            refusals.require_cache(attention.attn.kv_cache_dtype, plan)
             found, attention.__class__ = type(attention), self.attention_class
             _require_stock(found, attention)
             attention.layer_index = index
             attention.layer_name = attention.attn.layer_name.removesuffix(".attn")
-            attention.debug = config.enable_debug
+            attention.debug = plan.config.enable_debug
             attention.key_fingerprint = root.fingerprint
             _announce(attention, vllm_config)
-        _attach_secure_layers(self.encoded, vllm_config, config, root)
-        secure_layers = [attention.secure for attention in self.encoded]
-        metrics.count_layers(secure_layers)
-        # An accelerator's own counters cannot be read without a wait for it.
-        if not engine.uses_accelerator(config, vllm_config.model_config):
-            metrics.Reporter(secure_layers, envs.VLLM_LOG_STATS_INTERVAL).start()
+        _attach_secure_layers(self.encoded, plan, root)
         logger.info(
             "SCX encodes the attention of layers %s of %s: %s codec, secure device %s, "
             "graph mode %s, key %s",
             ",".join(map(str, chosen)),
             type(self).__name__,
-            config.codec,
-            config.secure_device,
+            plan.codec.name,
+            plan.config.secure_device,
             getattr(vllm_config.compilation_config.cudagraph_mode, "name", "NONE"),
             root.fingerprint,
         )
 
     def encodes(self, layers: list[int]) -> bool:
-        """Whether each of these layers that is on this rank has encoded attention."""
-        here = range(self.model.start_layer, self.model.end_layer)
         return all(
             isinstance(self.model.layers[i].self_attn, SCXAttention)
             for i in layers
-            if i in here
+            if i in self._layers_here()
         )
+
+    def _layers_here(self) -> range:
+        """The layers of this pipeline rank."""
+        return range(self.model.start_layer, self.model.end_layer)
 
     def forward(
         self,
@@ -108,7 +106,9 @@ class SCXForCausalLM(nn.Module):
         """As the stock class. Warns of key biases that cost the codec accuracy."""
         stock: Any = super()
         loaded = stock.load_weights(weights)
-        codec = codecs.load(get_scx_config().codec)
+        if self.plan is None:
+            return loaded
+        codec = self.plan.codec
         for attention in self.encoded:
             bias = attention.qkv_proj.bias
             if bias is None or bias.dtype == torch.float32:
@@ -135,7 +135,8 @@ def _require_stock(found: type, attention: SCXAttention) -> None:
     must be vLLM's own code. Raises SCXUnsupportedError.
     """
     runs = [found.forward] if found is type(attention).__bases__[1] else [found]
-    for part in (attention.rotary_emb, *attention.head_norms):
+    parts: list[Any] = [attention.rotary_emb, *attention.head_norms]
+    for part in parts:
         # A CustomOp chooses the method that it runs when it is made.
         runs += [type(part), getattr(part, "_forward_method", part.forward)]
     for code in runs:
@@ -153,60 +154,33 @@ def _require_stock(found: type, attention: SCXAttention) -> None:
 
 
 def _attach_secure_layers(
-    layers: list[SCXAttention], vllm_config: VllmConfig, config: SCXConfig, root: RootKey
+    layers: list[SCXAttention], plan: EncodingPlan, root: RootKey
 ) -> None:
     """Give each layer its secure device's side, with the key that is its own."""
-    codec = codecs.load(config.codec)
-    features = [
-        codec.derive(root, layer.layer_index, _global_kv_heads(layer), layer.head_dim)
+    first = layers[0]
+    rotary = table_of([layer.rotary_emb for layer in layers], plan.max_model_len)
+    rank = Rank(
+        num_heads=first.num_heads,
+        hidden_size=first.hidden_size,
+        dtype=plan.dtype,
+        max_tokens=plan.max_step_tokens,
+        cos_sin_cache=rotary.cos_sin_cache,
+        is_neox_style=rotary.is_neox_style,
+        secure_device=torch.device(plan.config.secure_device),
+        workers=plan.workers,
+    )
+    features = {
+        layer.layer_index: plan.codec.derive(
+            root, layer.layer_index, _global_kv_heads(layer), layer.head_dim
+        )
         for layer in layers
-    ]
-    rotary = table_of(
-        [layer.rotary_emb for layer in layers], vllm_config.model_config.max_model_len
+    }
+    norms = [layer.head_norms for layer in layers]
+    secure_layers = devices.build(
+        plan.device, features, norms, rank, envs.VLLM_LOG_STATS_INTERVAL
     )
-    if engine.uses_host_device(config, vllm_config.model_config):
-        # Here and not above: vLLM's CPU platform scans all modules while it starts
-        # and stumbles over llvmlite (vllm/triton_utils/dispatcher.py).
-        from scx.devices.host import HostDevice, HostSecureLayer
-
-        host = HostDevice(
-            features,
-            rotary.cos_sin_cache,
-            rotary.is_neox_style,
-            layers[0].num_heads,
-            layers[0].hidden_size,
-            engine.max_step_tokens(vllm_config),
-            vllm_config.model_config.dtype,
-            rotary.cos_sin_cache.device,
-            engine.host_workers(vllm_config),
-        )
-        for slot, layer in enumerate(layers):
-            layer.secure = HostSecureLayer(host, slot)
-        watchdog.watch({layer.layer_index: layer.secure for layer in layers})
-        logger.info(
-            "SCX host device: %d workers, %.1f MiB pinned",
-            len(host.workers.threads),
-            host.mailbox.nbytes / 2**20,
-        )
-        return
-    device, secure_layer = torch.device(config.secure_device), SecureLayer
-    if engine.uses_accelerator(config, vllm_config.model_config):
-        # Here, because Triton is found on machines with a GPU only.
-        from scx.devices.accelerator import AcceleratorSecureLayer
-
-        device, secure_layer = rotary.cos_sin_cache.device, AcceleratorSecureLayer
-    placement.require_apart(
-        torch.device(config.secure_device), rotary.cos_sin_cache.device
-    )
-    cos_sin_cache = rotary.cos_sin_cache.to(device)
-    watched = {}
-    for layer, its_features in zip(layers, features, strict=True):
-        secure = secure_layer(
-            device, its_features, cos_sin_cache, rotary.is_neox_style, layer.num_heads
-        )
-        secure.norms = layer.head_norms
-        layer.secure = watched[layer.layer_index] = secure
-    watchdog.watch(watched)
+    for layer, secure in zip(layers, secure_layers, strict=True):
+        layer.secure = secure
 
 
 def _global_kv_heads(attention: SCXAttention) -> range:

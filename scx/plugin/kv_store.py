@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from scx.errors import SCXConfigError
-from scx.files import read_regular
-from scx.keys import CODEC, ENC_LAYERS, FORMAT, KEY_FILE, SCXConfig
+from scx.keys import CODEC, ENC_LAYERS, FORMAT, KEY_FILE, SCXConfig, read_regular
 
 IN_MEMORY = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 """Connectors of vLLM whose store dies with the engine, set as in _MEMORY_SETTINGS."""

@@ -15,7 +15,9 @@ from torch import distributed
 
 from scx.errors import SCXNotEncodedError, SCXUnsupportedError
 from scx.keys import ENC_LAYERS, get_scx_config
-from scx.plugin import configure as engine
+from scx.plugin.architectures import EncodedModel
+from scx.plugin.configure import configure
+from scx.plugin.plan import record_of
 
 PATIENCE = timedelta(minutes=5)
 """How long a rank waits for others to load their part of a model."""
@@ -34,7 +36,7 @@ def join() -> None:
     @wraps(verify)
     def try_verify_and_update_config(self: Any) -> None:
         verify(self)
-        engine.configure(self)
+        configure(self)
 
     # Executors of all kinds call it when the model is loaded and before it serves.
     @wraps(initialize)
@@ -45,7 +47,7 @@ def join() -> None:
                 distributed.distributed_c10d._get_default_store(),
                 distributed.get_rank(),
                 distributed.get_world_size(),
-                engine.record_of(self.vllm_config),
+                record_of(self.vllm_config),
             )
         initialize(self, *args, **kwargs)
 
@@ -70,14 +72,11 @@ def require_encoded(vllm_config: Any, worker: Any) -> None:
     Asked for by the variables of this process, or by the record of the process that
     configured the engine. Without either nothing is looked at.
     """
-    record, config = engine.record_of(vllm_config), get_scx_config()
+    record, config = record_of(vllm_config), get_scx_config()
     if record is None and not config.enabled:
         return
-    # Here, as it loads vLLM's models.
-    from scx.models.base import SCXForCausalLM
-
     model = worker.get_model()
-    if record and isinstance(model, SCXForCausalLM) and model.encodes(record["layers"]):
+    if record and isinstance(model, EncodedModel) and model.encodes(record["layers"]):
         return
     layers, loaded = record["layers"] if record else config.enc_layers, type(model)
     raise SCXNotEncodedError(

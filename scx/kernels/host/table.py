@@ -1,4 +1,4 @@
-"""Fused forms of `scx.codecs.reference` and `scx.codecs` for the cores of the host.
+"""Fused forms of `scx.codecs` for the cores of the host.
 
 Where the secure device is the host itself, every step of an encoded layer
 waits for its rows and features to be encoded and decoded. These kernels do

@@ -1,0 +1,58 @@
+"""What is done to queries and keys in the clear: RMSNorm and RoPE, as vLLM does them.
+
+Plain functions on tensors, in torch alone. They are the specification that the fused
+kernels of `scx.kernels` are tested against. Results are new tensors on the device of
+the first argument.
+
+Letters: T tokens of the step, heads of D features.
+"""
+
+import torch
+
+
+def apply_rotary(
+    heads: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    head_dim: int,
+    is_neox_style: bool,
+) -> torch.Tensor:
+    """Rotate the heads (T, heads x D) to their positions (T,).
+
+    `cos_sin_cache` (max_position, R) holds cosines, then sines, as vLLM's
+    RotaryEmbedding keeps them; the first R of a head's D features turn, the
+    others pass. Neox style pairs feature i with i + R/2, the other style 2i
+    with 2i + 1. Calculated in float32 at least and rounded once.
+
+    A position that the table does not have counts as the nearest that it has. vLLM
+    sends none, but the accelerator that hands them over is not trusted.
+    """
+    wide = torch.promote_types(heads.dtype, torch.float32)
+    rotary_dim = cos_sin_cache.shape[-1]
+    rows = positions.clamp(0, len(cos_sin_cache) - 1)
+    cos_sin = cos_sin_cache.index_select(0, rows).to(wide).unsqueeze(-2)
+    cos, sin = cos_sin.chunk(2, dim=-1)
+    rotated = heads.unflatten(-1, (-1, head_dim)).to(wide, copy=True)
+    turning = rotated[..., :rotary_dim]
+    if is_neox_style:
+        first, second = turning.chunk(2, dim=-1)
+    else:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+    new_first = first * cos - second * sin
+    new_second = second * cos + first * sin
+    first.copy_(new_first)
+    second.copy_(new_second)
+    return rotated.flatten(-2).to(heads.dtype)
+
+
+def rms_norm(heads: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """The root mean square norm of each head of `heads` (T, heads x D), `weight` (D,).
+
+    Calculated in float32 at least and rounded to the weight's type before they are
+    multiplied, as vLLM's RMSNorm does (vllm/ir/ops/layernorm.py).
+    """
+    wide = torch.promote_types(heads.dtype, torch.float32)
+    wide_heads = heads.unflatten(-1, (-1, len(weight))).to(wide)
+    size = wide_heads.pow(2).mean(dim=-1, keepdim=True) + epsilon
+    normed = (wide_heads * size.rsqrt()).to(weight.dtype) * weight
+    return normed.flatten(-2).to(heads.dtype)
