@@ -1,6 +1,6 @@
 """Which versions of vLLM this package works with, found out by running it in each.
 
-    python -m scripts.compatibility 0.31.0 0.32.0    writes docs/compatibility.json
+    python -m scripts.compatibility 0.31.0 0.32.0    writes docs/versions.json
                                                      and docs/versions.md
     python -m scripts.compatibility --here           the installed vLLM, as on a GPU
 
@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -137,43 +138,44 @@ def merge(old: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
+    found = [entry for entry in rows if "checks" in entry]
+    unknown = [entry["vllm"] for entry in rows if "checks" not in entry]
     lines = [
         "# Versions of vLLM",
         "",
-        "Written by `python -m scripts.compatibility`, which installs each version, runs",
+        "Written by `python -m scripts.compatibility`. It installs each version, runs",
         "tiny Llama and Qwen2 models in float32 natively and with all layers encoded,",
         "eager and compiled with a shared compile cache, and compares tokens. `refusal`",
-        "is that of a layer that the model does not have. A version without outcomes",
-        "could not be run where this was made, for the reason given: no verdict on it.",
+        "is that of a layer that the model does not have.",
         "",
         f"| vLLM | torch | transformers | {' | '.join(CHECKS)} | date |",
         f"|---|---|---|{'---|' * len(CHECKS)}---|",
     ]
-    notes = []
-    for entry in rows:
-        versions = entry.get("versions", {})
-        checks = entry.get("checks", {})
-        outcomes = [
-            checks[name] if checks.get(name) == "pass" else "fail" if checks else "-"
-            for name in CHECKS
-        ]
+    for entry in found:
+        checks, versions = entry["checks"], entry["versions"]
         cells = [
             entry["vllm"],
-            versions.get("torch", "-"),
-            versions.get("transformers", "-"),
-            *outcomes,
+            versions["torch"],
+            versions["transformers"],
+            *("pass" if checks[name] == "pass" else "fail" for name in CHECKS),
             entry["date"],
         ]
         lines.append(f"| {' | '.join(cells)} |")
-        if "error" in entry:
-            notes.append(f"- {entry['vllm']}: {entry['error']}")
-        notes += [
-            f"- {entry['vllm']}, {name}: {outcome}"
-            for name, outcome in checks.items()
-            if outcome != "pass"
-        ]
+    notes = [
+        f"- {entry['vllm']}, {name}: {outcome}"
+        for entry in found
+        for name, outcome in entry["checks"].items()
+        if outcome != "pass"
+    ]
     if notes:
-        lines += ["", "What was said:", "", *notes]
+        lines += ["", "Why they failed:", "", *notes]
+    if unknown:
+        lines += [
+            "",
+            "There is no verdict on these versions, which could not be installed or run",
+            "there (`versions.json` has each reason):",
+            *textwrap.wrap(f"{', '.join(unknown)}."),
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -185,7 +187,7 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help="the installed vLLM alone")
     parser.add_argument("--environments", type=Path, help="a folder that keeps them")
     options = parser.parse_args()
-    file = DOCS / "compatibility.json"
+    file = DOCS / "versions.json"
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         models = root / "models"

@@ -92,15 +92,7 @@ def test_tables_are_put_where_a_document_marks_them():
     assert made == "before\n<!-- one -->\n| \\1 |\n<!-- end -->\nafter\n<!-- end -->\n"
 
 
-def test_the_documents_have_the_tables_of_the_committed_reports():
-    reports = [json.loads(file.read_text()) for file in REPORTS]
-    tables = report.tables(reports)
-    names = ("README.md", "README.zh-CN.md", "SECURITY.md", "docs/audit/README.md")
-    found = set()
-    for document in (ROOT / name for name in names):
-        text = document.read_text()
-        assert report.put(text, tables) == text
-        marked = {name for name in tables if f"<!-- {name} -->" in text}
-        assert marked
-        found |= marked
-    assert found == set(tables)
+def test_the_document_has_the_tables_of_the_committed_reports():
+    tables = report.tables([json.loads(file.read_text()) for file in REPORTS])
+    text = (ROOT / "docs" / "audit" / "README.md").read_text()
+    assert all(f"<!-- {name} -->\n{table}\n" in text for name, table in tables.items())
