@@ -1,6 +1,7 @@
 """The package's own shape: light imports, one-way dependencies, a working entry point."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -84,3 +85,8 @@ def test_nothing_is_guarded_by_assert_or_a_blanket_except(path):
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else "everything"
             assert caught not in ("everything", "Exception", "BaseException")
+
+
+def test_the_rooms_stand_in_contributing_in_this_order():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("## Rooms")[2]
+    assert re.findall(r"(?m)^\| `(\w+)` \|", text) == list(ALLOWED)
