@@ -23,7 +23,7 @@ PREFIXES = 4
 REFERENCE = {"dtype": "float32"}
 ARMS = {
     "native": ("", {}),
-    "native, 4 requests a batch": ("", {"max_num_seqs": 4}),
+    "native, 4 requests per batch": ("", {"max_num_seqs": 4}),
     "0": ("0", {}),
     "0,29": ("0,29", {}),
     "all": ("all", {}),
