@@ -1,0 +1,103 @@
+"""A fused secure layer beside the plain one: the same checks on a GPU and in Triton's
+interpreter, on the CPU."""
+
+import math
+import struct
+
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+from scx import codecs
+from scx.codecs.rows import encode_rows
+from scx.devices.interface import Rank
+from scx.devices.plain import PlainSecureLayer
+from scx.keys import RootKey
+from tests.agreement import assert_same
+
+HIDDEN, HEADS, KV_HEADS = 192, 6, 2
+MAX_TOKENS = 6000
+
+
+def build(fused, device, dtype, head_dim, is_neox_style=True, codec="permutation"):
+    """The two layers of a fused device class on `device`, and a plain one on the CPU with
+    the keys and the table of the second."""
+    root, derive = RootKey.draw(), codecs.load(codec).derive
+    keys = [derive(root, i, range(KV_HEADS), head_dim) for i in range(2)]
+
+    def rank(where):
+        return Rank(
+            num_heads=HEADS,
+            hidden_size=HIDDEN,
+            dtype=dtype,
+            max_tokens=MAX_TOKENS,
+            cos_sin_cache=table.to(where),
+            is_neox_style=is_neox_style,
+            secure_device=torch.device("cpu"),
+            workers=5,
+        )
+
+    table = torch.randn(MAX_TOKENS, head_dim).to(dtype)
+    layers = fused.build(keys, [(), ()], rank(device))
+    (plain,) = PlainSecureLayer.build(keys[1:], [()], rank("cpu"))
+    return layers[1], plain
+
+
+def tensors(tokens, head_dim, dtype, device):
+    """hidden_states, qkv, attention and positions of a step."""
+    generator = torch.Generator(device).manual_seed(tokens)
+
+    def draw(width):
+        rows = torch.randn((tokens, width), generator=generator, device=device)
+        return rows.to(dtype)
+
+    hidden, attention = draw(HIDDEN), draw(HEADS * head_dim)
+    qkv = draw((HEADS + 2 * KV_HEADS) * head_dim)
+    positions = torch.randint(MAX_TOKENS, (tokens,), generator=generator, device=device)
+    return hidden, qkv, attention, positions
+
+
+def order_of(rows, hidden):
+    """pi with rows[i] == hidden[pi[i]], found by sorting both."""
+
+    def ranks(x):
+        return sorted(range(len(x)), key=lambda i: x[i, :4].tolist())
+
+    pi = torch.empty(len(rows), dtype=torch.int64)
+    pi[ranks(rows.cpu())] = torch.tensor(ranks(hidden.cpu()), dtype=torch.int64)
+    return pi
+
+
+def assert_is_plain(layer, plain, hidden, qkv, attention, positions):
+    """One step of `layer` has the results of `plain`, which takes the same order."""
+    rows = layer.encode_rows(hidden)
+    pi = order_of(rows, hidden)
+    assert torch.equal(rows.cpu(), encode_rows(hidden.cpu(), pi))
+    encoded = layer.encode_features(qkv[pi.to(qkv.device)], positions)
+    # The plain layer has an order of its own, which its encode_rows would have drawn.
+    plain._pi = pi
+    expected = plain.encode_features(qkv.cpu()[pi], positions.cpu())
+    for ours, theirs in zip(encoded, expected, strict=True):
+        assert_same(ours.cpu(), theirs, plain.features)
+    output = torch.full_like(attention, math.nan)
+    layer.decode_features(attention, output)
+    expected = torch.empty_like(attention).cpu()
+    plain.decode_features(attention.cpu(), expected)
+    assert_same(output.cpu(), expected, plain.features)
+
+
+def assert_words_are_chacha20(step, device, count=600):
+    """Those of the kernel are the keystream of the `cryptography` package."""
+    from scx.kernels.cuda.secure import draw_words
+
+    key = bytes(range(32))
+    words = draw_words(
+        torch.frombuffer(bytearray(key), dtype=torch.int32).to(device),
+        torch.tensor([step, 0], device=device),
+        count,
+    )
+    for block, word in enumerate(words.tolist()):
+        # cryptography takes the block counter and the nonce of 12 bytes as one.
+        start = struct.pack("<IQI", block, step, 0)
+        cipher = Cipher(algorithms.ChaCha20(key, start), mode=None)
+        stream = cipher.encryptor().update(bytes(8))
+        assert struct.pack("<q", word) == stream

@@ -1,0 +1,44 @@
+"""The accelerator's own kernels on the CPU, in Triton's interpreter.
+
+Their maths and their indexing, with the checks that test_gpu.py makes on a GPU. What a
+GPU alone can show stays there: memory order, graphs, and the kernel with inline PTX.
+"""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+from tests import secure_layers
+
+pytest.importorskip("triton")
+
+# bfloat16 is left out: the interpreter keeps it as uint16 and cuts off its lower bits
+# instead of rounding to nearest, so a rotated feature can be off by its last place.
+DTYPES = (torch.float32, torch.float16)
+# None, one program, and more words than one program compares at once.
+SHAPES = ((0, 64, True), (7, 80, False), (300, 80, True))
+CASES = [(dtype, "permutation", *shape) for dtype in DTYPES for shape in SHAPES]
+CASES += [(dtype, "affine", *SHAPES[1]) for dtype in DTYPES]
+
+
+def check_each(cases):
+    from scx.devices.accelerator import AcceleratorSecureLayer
+
+    for dtype, codec, tokens, head_dim, is_neox_style in cases:
+        layer, plain = secure_layers.build(
+            AcceleratorSecureLayer, "cpu", dtype, head_dim, is_neox_style, codec
+        )
+        step = secure_layers.tensors(tokens, head_dim, dtype, "cpu")
+        secure_layers.assert_is_plain(layer, plain, *step)
+    for nonce in (1, (1 << 40) + 7):
+        secure_layers.assert_words_are_chacha20(nonce, "cpu")
+    return len(cases)
+
+
+def test_the_kernels_are_the_codec(monkeypatch):
+    # Triton reads it when it is imported, so no process that has it already will do.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(check_each, CASES).result() == len(CASES)
