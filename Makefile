@@ -12,7 +12,7 @@ demo: setup
 	.venv/bin/python test_qwen2.py --enforce-eager
 
 eval: setup
-	MODEL_PATH="$$(.venv/bin/python -m scx.commands.demo_model)" DTYPE=float32 LIMIT=40 \
+	MODEL_PATH="$$(.venv/bin/python -m scx demo-model)" DTYPE=float32 LIMIT=40 \
 	  MODEL_ARGS=enforce_eager=True,max_model_len=512 PYTHON=.venv/bin/python \
 	  benchmark_acc/run_eval_1.5b.sh pydoc build/eval
 	.venv/bin/python benchmark_acc/report.py build/eval
