@@ -118,6 +118,8 @@ def _host_kernels() -> str:
 
     codec, head_dim = keys.get_scx_config().codec, 64
     features = codecs.load(codec).derive(keys.RootKey.draw(), 0, range(1), head_dim)
+    if not features.host_kernels:
+        return f"none for {codec}, which the host runs in plain torch operations"
     rank = Rank(
         num_heads=1,
         hidden_size=head_dim,

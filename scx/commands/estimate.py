@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scx import keys
 from scx.errors import SCXConfigError
 from scx.kernels.protocol import chunk_rows_of
 
@@ -31,6 +30,9 @@ LARGEST = 1 << 20
 def run(options: argparse.Namespace) -> bool:
     """Print what encoding should cost. Raises SCXConfigError for a model or layers of
     which that cannot be said."""
+    # Here, so that `scx --help` needs nothing that is not installed.
+    from scx import keys
+
     machine = Machine(options.hop, options.flag, options.bus)
     shape = Shape.read(options.model, options.tensor_parallel_size)
     config = keys.parse_config({keys.ENC_LAYERS: options.layers})
