@@ -1,4 +1,4 @@
-"""What a user installs: its dependencies, its contents, and that it builds the same anywhere."""
+"""What a user installs: its dependencies, its contents, and the same bytes anywhere."""
 
 import ast
 import os
