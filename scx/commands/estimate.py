@@ -95,14 +95,16 @@ class Shape:
         not serve the model.
         """
         config = _read_config(model)
-        if config.get("model_type") == "qwen3":
+        if _has_norms(config.get("architectures")):
             raise SCXConfigError(
                 f"--model {model}: the cost of query and key norms, which run in plain "
                 "torch operations, is not known; models without them are allowed"
             )
+        text = config.get("text_config")
+        sizes = text if isinstance(text, dict) else config
 
         def size(name: str, default: int | None = None) -> int:
-            value = default if config.get(name) is None else config[name]
+            value = default if sizes.get(name) is None else sizes[name]
             if type(value) is not int or not 1 <= value <= LARGEST:
                 raise SCXConfigError(
                     f"--model {model}: {name}={reprlib.repr(value)} in config.json: a "
@@ -139,7 +141,7 @@ class Shape:
 
 
 def _read_config(model: Path) -> dict[str, Any]:
-    """What config.json says of the language model. Raises SCXConfigError."""
+    """A model's config.json. Raises SCXConfigError."""
     try:
         config = json.loads((model / "config.json").read_text())
     except FileNotFoundError as error:
@@ -153,8 +155,15 @@ def _read_config(model: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise SCXConfigError(f"--model {model}: config.json is not a JSON object")
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
+    return config
+
+
+def _has_norms(names: Any) -> bool:
+    """Whether attention norms queries and keys in one of these architectures."""
+    from scx.plugin.architectures import ARCHITECTURES
+
+    normed = {each.name for each in ARCHITECTURES if each.norms}
+    return isinstance(names, list) and any(name in names for name in normed)
 
 
 def layer_seconds(shape: Shape, tokens: int, machine: Machine) -> float:
