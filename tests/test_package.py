@@ -47,10 +47,12 @@ def metadata(wheel):
 def declared(metadata, extra):
     """Names of the distributions that an installation with that extra, or "", has."""
     requirements = map(Requirement, metadata.requires)
+    # On the one machine that has all of them.
+    environment = {"extra": extra, "platform_machine": "x86_64"}
     return {
         canonicalize_name(each.name)
         for each in requirements
-        if each.marker is None or each.marker.evaluate({"extra": extra})
+        if each.marker is None or each.marker.evaluate(environment)
     }
 
 
