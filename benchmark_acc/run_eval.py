@@ -90,7 +90,7 @@ def encoded_layers(model: str) -> str:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"MODEL_PATH={model!r}: no model's folder, and none from the hub ({reason}); "
-            "python -m scx.commands.demo_model prints the folder of one that needs no hub"
+            "scx demo-model prints the folder of one that needs no hub"
         ) from error
     layers = config.get_text_config().num_hidden_layers
     if not os.environ.get(ENC_LAYERS):

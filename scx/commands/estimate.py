@@ -6,11 +6,12 @@ heads and M key/value heads of D features on each rank:
     bytes    = T (2H + 2(N + 2M)D + 2ND) / 2 x element size, in each direction
     seconds  = 3 (hop + flag x chunks(T)) + bytes / bus
 
-Three trips, each of which costs an empty hop, a flag a chunk, and its rows
-across the bus, both directions at once. The host's kernels hide behind the bus.
-docs/performance.md has the measurements that the defaults come from.
+Three trips. Each costs an empty hop, one flag per chunk, and its rows on the bus, in
+both directions at once. The host's kernels hide behind the bus. The defaults come from
+the measurements in docs/performance.md.
 """
 
+import argparse
 import json
 import math
 import reprlib
@@ -23,7 +24,36 @@ from scx.kernels.protocol import chunk_rows_of
 
 POSITION_BYTES = 8
 LARGEST = 1 << 20
-"""The most that a size in a config.json can be. None comes near it."""
+"""The largest size accepted from a config.json. No model comes near it."""
+
+
+def run(options: argparse.Namespace) -> bool:
+    """Print what encoding should cost. Raises SCXConfigError for a model or layers of
+    which that cannot be said."""
+    # Here, so that `scx --help` needs nothing that is not installed.
+    from scx import keys
+
+    machine = Machine(options.hop, options.flag, options.bus)
+    shape = Shape.read(options.model, options.tensor_parallel_size)
+    config = keys.parse_config({keys.ENC_LAYERS: options.layers})
+    layers = len(config.layers_of(shape.num_layers))
+    print(f"{layers} of {shape.num_layers} layers encoded, on each rank:")
+    print("\n".join(table(shape, layers, machine)))
+    return True
+
+
+def gigabytes(text: str) -> float:
+    """An argument in GB, in bytes. Raises ArgumentTypeError."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 is allowed")
+    return value * 1e9
+
+
+def microseconds(text: str) -> float:
+    """An argument in microseconds, in seconds. Raises ArgumentTypeError."""
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: 0 or a larger number is allowed")
+    return value * 1e-6
 
 
 @dataclass(frozen=True)
@@ -33,13 +63,13 @@ class Machine:
     hop_seconds: float
     """An empty trip."""
     flag_seconds: float
-    """Each chunk of rows."""
+    """One chunk of rows."""
     bus_bytes_per_second: float
-    """In each direction while both are in use, host kernels included."""
+    """In each direction while both are in use, including the host's kernels."""
 
 
 H100 = Machine(hop_seconds=9.3e-6, flag_seconds=0.3e-6, bus_bytes_per_second=23e9)
-"""As measured with 16 cores and PCIe 5."""
+"""Measured with 16 cores and PCIe 5."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +88,23 @@ class Shape:
     def read(cls, model: Path, ranks: int = 1) -> "Shape":
         """From a model's config.json, split over tensor-parallel ranks.
 
-        The sizes are those of its text_config where it has one. As in vLLM, no or null
-        num_key_value_heads are as many as query heads, and head_dim is derived.
-        Raises SCXConfigError where the file is not there, lacks a field or has one that
-        is no size, the heads cannot be split so, or the fused kernels do not serve the
-        model.
+        If the file has a text_config, the sizes are taken from there. As in vLLM, if
+        num_key_value_heads is absent or null it equals num_attention_heads, and head_dim
+        is derived. Raises SCXConfigError if the file is missing, if a size is missing or
+        invalid, if the heads cannot be split over the ranks, or if the fused kernels do
+        not serve the model.
         """
         config = _read_config(model)
-        if config.get("model_type") == "qwen3":
+        if _has_norms(config.get("architectures")):
             raise SCXConfigError(
-                f"--model {model}: query and key norms run in plain torch operations, of "
-                "which nothing is known here; models without them are allowed"
+                f"--model {model}: the cost of query and key norms, which run in plain "
+                "torch operations, is not known; models without them are allowed"
             )
+        text = config.get("text_config")
+        sizes = text if isinstance(text, dict) else config
 
         def size(name: str, default: int | None = None) -> int:
-            value = default if config.get(name) is None else config[name]
+            value = default if sizes.get(name) is None else sizes[name]
             if type(value) is not int or not 1 <= value <= LARGEST:
                 raise SCXConfigError(
                     f"--model {model}: {name}={reprlib.repr(value)} in config.json: a "
@@ -90,8 +122,8 @@ class Shape:
             )
         if ranks < 1 or heads % ranks or (kv_heads % ranks and ranks % kv_heads):
             raise SCXConfigError(
-                f"--tensor-parallel-size {ranks}: {heads} heads cannot be split so with "
-                f"{kv_heads} key/value heads"
+                f"--tensor-parallel-size {ranks}: {heads} heads with {kv_heads} "
+                "key/value heads cannot be split over that many ranks"
             )
         return cls(
             num_layers=size("num_hidden_layers"),
@@ -102,29 +134,40 @@ class Shape:
         )
 
     def row_bytes(self) -> int:
-        """What a token of one encoded layer sends across, in each direction."""
+        """Bytes per token and encoded layer, in each direction."""
         query = self.num_heads * self.head_dim
         projection = query + 2 * self.num_kv_heads * self.head_dim
         return (self.hidden_size + projection + query) * self.element_size
 
 
 def _read_config(model: Path) -> dict[str, Any]:
-    """What config.json says of the language model. Raises SCXConfigError."""
+    """A model's config.json. Raises SCXConfigError."""
     try:
         config = json.loads((model / "config.json").read_text())
-        if not isinstance(config, dict):
-            raise ValueError("no JSON object")
+    except FileNotFoundError as error:
+        raise SCXConfigError(
+            f"--model {model}: there is no config.json; a local folder is needed, as hub "
+            "names are not looked up"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise SCXConfigError(
-            f"--model {model}: a folder with a config.json that has hidden_size, "
-            f"num_hidden_layers and num_attention_heads is allowed ({error!r})"
+            f"--model {model}: config.json cannot be read ({error!r})"
         ) from error
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
+    if not isinstance(config, dict):
+        raise SCXConfigError(f"--model {model}: config.json is not a JSON object")
+    return config
+
+
+def _has_norms(names: Any) -> bool:
+    """Whether attention norms queries and keys in one of these architectures."""
+    from scx.plugin.architectures import ARCHITECTURES
+
+    normed = {each.name for each in ARCHITECTURES if each.norms}
+    return isinstance(names, list) and any(name in names for name in normed)
 
 
 def layer_seconds(shape: Shape, tokens: int, machine: Machine) -> float:
-    """What one encoded layer adds to a step of so many tokens."""
+    """What one encoded layer adds to a step of `tokens` tokens."""
     chunks = math.ceil(tokens / chunk_rows_of(tokens))
     size = tokens * (shape.row_bytes() + POSITION_BYTES)
     return (
@@ -134,10 +177,10 @@ def layer_seconds(shape: Shape, tokens: int, machine: Machine) -> float:
 
 
 def table(shape: Shape, layers: int, machine: Machine) -> list[str]:
-    """Lines for people: steps of one token to 16,384."""
-    lines = [f"{'tokens':>8} {'MB each way':>12} {'ms a step':>10}"]
+    """A table for people, for steps of 1 to 16,384 tokens."""
+    lines = [f"{'tokens':>8} {'MB each way':>12} {'ms per step':>11}"]
     for tokens in (1, 8, 64, 256, 1024, 4096, 16384):
         megabytes = layers * tokens * shape.row_bytes() / 1e6
         milliseconds = layers * layer_seconds(shape, tokens, machine) * 1e3
-        lines.append(f"{tokens:>8,} {megabytes:>12,.2f} {milliseconds:>10,.3f}")
+        lines.append(f"{tokens:>8,} {megabytes:>12,.2f} {milliseconds:>11,.3f}")
     return lines

