@@ -327,7 +327,9 @@ def layers_text(layers: Iterable[int] | str) -> str:
 
 def _parse_device(text: str) -> str:
     """Check without touching the device: CUDA must not start before vLLM forks."""
-    # Here, so that commands which need no device start without it.
+    # Without torch, which takes seconds to load: commands that need no device read this.
+    if text.strip() == "cpu":
+        return "cpu"
     import torch
 
     allowed = "a torch device of this machine, such as cpu, cuda or cuda:1"

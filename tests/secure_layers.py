@@ -15,6 +15,7 @@ from scx.keys import RootKey
 from tests.agreement import assert_same
 
 HIDDEN, HEADS, KV_HEADS = 192, 6, 2
+QKV_HEADS = HEADS + 2 * KV_HEADS
 MAX_TOKENS = 6000
 
 
@@ -51,7 +52,7 @@ def tensors(tokens, head_dim, dtype, device):
         return rows.to(dtype)
 
     hidden, attention = draw(HIDDEN), draw(HEADS * head_dim)
-    qkv = draw((HEADS + 2 * KV_HEADS) * head_dim)
+    qkv = draw(QKV_HEADS * head_dim)
     positions = torch.randint(MAX_TOKENS, (tokens,), generator=generator, device=device)
     return hidden, qkv, attention, positions
 

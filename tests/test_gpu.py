@@ -1,7 +1,6 @@
 """Secure devices of a real GPU: the trip to the host, and the GPU itself.
 
-Skipped where there is none. All results are compared bit for bit, but for
-sums of the affine codec.
+All results are compared bit for bit, but for sums of the affine codec.
 """
 
 import math
@@ -21,122 +20,78 @@ from scx.kernels.host.worker import DECODE_FEATURES
 from scx.keys import RootKey
 from tests.agreement import assert_same
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
-HIDDEN, HEADS, KV_HEADS = 192, 6, 2
-MAX_TOKENS = 6000
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @pytest.fixture(scope="module")
 def devices():
-    made, hosts = {}, []
+    """A fused layer and a plain one with its key, each made on first use."""
+    # Here, because Triton is found on machines with a GPU only.
+    from scx.devices.accelerator import AcceleratorSecureLayer
 
-    def layers(dtype, head_dim, is_neox_style=True, codec="permutation"):
-        """The two layers of a GPU and a plain one, with the same keys and tables."""
-        # Here, because Triton is found on machines with a GPU only.
-        from scx.devices.accelerator import AcceleratorSecureLayer
+    classes = {"host": HostSecureLayer, "accelerator": AcceleratorSecureLayer}
+    made = {}
 
-        name = (dtype, head_dim, is_neox_style, codec)
-        if name not in made:
-            root = RootKey.draw()
-            derive = codecs.load(codec).derive
-            keys = [derive(root, i, range(KV_HEADS), head_dim) for i in range(2)]
-            table = torch.randn(MAX_TOKENS, head_dim).to(dtype)
-            host = HostDevice(
-                keys,
-                table,
-                is_neox_style,
-                HEADS,
-                HIDDEN,
-                MAX_TOKENS,
-                dtype,
-                torch.device("cuda"),
-                workers=5,
-            )
-            arguments = keys[1], table, is_neox_style, HEADS
-            made[name] = {
-                "host": HostSecureLayer(host, 1),
-                "accelerator": AcceleratorSecureLayer(torch.device("cuda"), *arguments),
-                "plain": SecureLayer(torch.device("cpu"), *arguments),
-            }
-            hosts.append(host)
-        return made[name]
+    def layers(kind, *name):
+        if (kind, *name) not in made:
+            made[kind, *name] = secure_layers.build(classes[kind], "cuda", *name)
+        return made[kind, *name]
 
     yield layers
-    for host in hosts:
-        host.close()
+    for (kind, *_), (layer, _) in made.items():
+        if kind == "host":
+            layer._host.close()
 
 
 def tensors(tokens, head_dim, dtype):
-    generator = torch.Generator("cuda").manual_seed(tokens)
-
-    def draw(width):
-        shape = (tokens, width)
-        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
-
-    hidden, attention = draw(HIDDEN), draw(HEADS * head_dim)
-    projection = draw((HEADS + 2 * KV_HEADS) * head_dim)
-    positions = torch.randint(MAX_TOKENS, (tokens,), generator=generator, device="cuda")
-    return hidden, projection, attention, positions
+    return secure_layers.tensors(tokens, head_dim, dtype, "cuda")
 
 
-def order_of(rows, hidden):
-    """pi with rows[i] == hidden[pi[i]], found by sorting both."""
+# What can differ: the kernel by kind, its arithmetic by type and codec, its cuts by the
+# number of rows, its indices by head size and style.
+CODECS, KINDS = ("permutation", "affine"), ("host", "accelerator")
+SHAPES = ((1, 64, True), (100, 80, False), (2049, 64, False))
+CASES = [
+    (kind, dtype, *shape[1:], codec, shape[0])
+    for kind, dtype, shape, codec in itertools.product(KINDS, DTYPES, SHAPES, CODECS)
+]
+CASES += [
+    (kind, torch.bfloat16, 80, True, "permutation", tokens)
+    for kind in KINDS
+    for tokens in (0, 2, 7, 8, 9, 64, 513, 6000)
+]
 
-    def ranks(x):
-        return sorted(range(len(x)), key=lambda i: x[i, :4].tolist())
 
-    pi = torch.empty(len(rows), dtype=torch.int64)
-    pi[ranks(rows.cpu())] = torch.tensor(ranks(hidden.cpu()), dtype=torch.int64)
-    return pi
-
-
-@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 8, 9, 64, 100, 513, 2049, 6000])
-@pytest.mark.parametrize("head_dim", [64, 80])
-@pytest.mark.parametrize("is_neox_style", [True, False], ids=["neox", "interleaved"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["host", "accelerator"])
-@pytest.mark.parametrize("codec", ["permutation", "affine"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "head_dim", "is_neox_style", "codec", "tokens"), CASES
+)
 def test_a_layer_is_the_plain_layer(
-    codec, kind, dtype, is_neox_style, head_dim, tokens, devices
+    kind, dtype, head_dim, is_neox_style, codec, tokens, devices
 ):
-    layers = devices(dtype, head_dim, is_neox_style, codec)
-    layer, plain = layers[kind], layers["plain"]
-    hidden, projection, attention, positions = tensors(tokens, head_dim, dtype)
+    layer, plain = devices(kind, dtype, head_dim, is_neox_style, codec)
+    step = tensors(tokens, head_dim, dtype)
     before = layer.traffic
     for _ in range(3):
-        rows = layer.encode_rows(hidden)
-        pi = order_of(rows, hidden)
-        assert torch.equal(rows.cpu(), hidden.cpu()[pi])
-        qkv = layer.encode_features(projection[pi.cuda()], positions)
-        # The plain layer has its own order, which its encode_rows would have drawn.
-        plain._pi = pi
-        expected = plain.encode_features(projection.cpu()[pi], positions.cpu())
-        for ours, theirs in zip(qkv, expected, strict=True):
-            assert_same(ours.cpu(), theirs, plain.features)
-        output = torch.full_like(attention, math.nan)
-        layer.decode_features(attention, output)
-        expected = torch.empty_like(attention).cpu()
-        plain.decode_features(attention.cpu(), expected)
-        assert_same(output.cpu(), expected, plain.features)
+        secure_layers.assert_is_plain(layer, plain, *step)
     if tokens:
-        sent = hidden.nbytes + projection.nbytes + attention.nbytes
+        sent = sum(tensor.nbytes for tensor in step[:3])
         crossed = layer.traffic
         assert crossed.steps - before.steps == 3
         assert crossed.crossings - before.crossings == 18
         assert crossed.bytes_out - before.bytes_out == 3 * sent
-        assert crossed.bytes_in - before.bytes_in == 3 * (sent + positions.nbytes)
+        assert crossed.bytes_in - before.bytes_in == 3 * (sent + step[3].nbytes)
 
 
 @pytest.mark.parametrize("tokens", [8, 100])
 @pytest.mark.parametrize("codec", ["permutation", "affine"])
 @pytest.mark.parametrize("kind", ["host", "accelerator"])
 def test_each_replay_of_a_graph_draws_a_fresh_order(kind, codec, tokens, devices):
-    layer = devices(torch.bfloat16, 64, codec=codec)[kind]
+    layer, _ = devices(kind, torch.bfloat16, 64, True, codec)
     hidden, *_ = tensors(tokens, 64, torch.bfloat16)
-    output = torch.empty(tokens, HEADS * 64, dtype=torch.bfloat16, device="cuda")
-    qkv = torch.zeros(tokens, (HEADS + 2 * KV_HEADS) * 64, device="cuda").bfloat16()
+    output = torch.empty(tokens, secure_layers.HEADS * 64, dtype=torch.bfloat16, device="cuda")
+    qkv = torch.zeros(tokens, secure_layers.QKV_HEADS * 64, device="cuda").bfloat16()
     positions = torch.zeros(tokens, dtype=torch.int64, device="cuda")
 
     def step():
@@ -153,7 +108,7 @@ def test_each_replay_of_a_graph_draws_a_fresh_order(kind, codec, tokens, devices
     for _ in range(100):
         graph.replay()
         torch.cuda.synchronize()
-        order = tuple(order_of(rows, hidden).tolist())
+        order = tuple(secure_layers.order_of(rows, hidden).tolist())
         assert sorted(order) == list(range(tokens))
         orders.add(order)
     # 4950 pairs of uniform draws from at least 8! = 40,320 orders: 0.12 repeats are
@@ -163,27 +118,14 @@ def test_each_replay_of_a_graph_draws_a_fresh_order(kind, codec, tokens, devices
 
 @pytest.mark.parametrize("step", [0, 1, (1 << 40) + 7])
 def test_the_words_are_chacha20(step):
-    from scx.kernels.cuda.secure import draw_words
-
-    key = bytes(range(32))
-    words = draw_words(
-        torch.frombuffer(bytearray(key), dtype=torch.int32).cuda(),
-        torch.tensor([step, 0], device="cuda"),
-        600,
-    )
-    for block, word in enumerate(words.tolist()):
-        # cryptography takes the block counter and the nonce of 12 bytes as one.
-        start = struct.pack("<IQI", block, step, 0)
-        cipher = Cipher(algorithms.ChaCha20(key, start), mode=None)
-        stream = cipher.encryptor().update(bytes(8))
-        assert struct.pack("<q", word) == stream
+    secure_layers.assert_words_are_chacha20(step, "cuda")
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 2049])
 @pytest.mark.parametrize("kind", ["host", "accelerator"])
 def test_nothing_is_read_or_written_beyond_the_rows(kind, tokens, devices):
     """Rows lie within larger tensors, whose margins are NaN and stay as they are."""
-    layer = devices(torch.bfloat16, 80)[kind]
+    layer, _ = devices(kind, torch.bfloat16, 80)
     hidden, qkv, attention, positions = tensors(tokens, 80, torch.bfloat16)
 
     def framed(rows):
@@ -205,8 +147,7 @@ def test_nothing_is_read_or_written_beyond_the_rows(kind, tokens, devices):
 
 @pytest.mark.parametrize("turn", [2**31 - 4, 2**32 - 4, 2**63 - 8], ids=hex)
 def test_turns_beyond_every_width_of_a_word(turn, devices):
-    layers = devices(torch.bfloat16, 64)
-    layer, plain = layers["host"], layers["plain"]
+    layer, plain = devices("host", torch.bfloat16, 64)
     *_, attention, _ = tensors(700, 64, torch.bfloat16)
     expected = torch.empty_like(attention).cpu()
     plain.decode_features(attention.cpu(), expected)
@@ -237,11 +178,11 @@ def test_a_million_tokens_and_two_hundred_layers():
 
 @pytest.mark.parametrize("kind", ["host", "accelerator"])
 def test_positions_beyond_the_table_stay_within_it(kind, devices):
-    layer = devices(torch.bfloat16, 64)[kind]
+    layer, _ = devices(kind, torch.bfloat16, 64)
     hidden, qkv, _, _ = tensors(8, 64, torch.bfloat16)
     qkv = qkv[:1].repeat(8, 1)
     encoded = []
-    for positions in ([-1, MAX_TOKENS, -(2**62), 2**62] * 2, [0, MAX_TOKENS - 1] * 4):
+    for positions in ([-1, secure_layers.MAX_TOKENS, -(2**62), 2**62] * 2, [0, secure_layers.MAX_TOKENS - 1] * 4):
         layer.encode_rows(hidden)
         at = torch.tensor(positions, device="cuda")
         encoded.append(torch.cat(layer.encode_features(qkv, at), dim=1))

@@ -1,7 +1,7 @@
 """Encoded engines on a real GPU against native ones, by their log-probabilities.
 
 Each graph mode, both model runners, the host and the GPU as secure device. A
-tiny random model with spread-out logits. Skipped where there is no GPU.
+tiny random model with spread-out logits.
 """
 
 import logging
@@ -22,7 +22,7 @@ from tests.engines import (
 )
 from tests.tiny_models import PROMPTS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
 GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8]}
 MODES = {

@@ -1,4 +1,4 @@
-"""vLLM's features that need a GPU, with encoded layers. Skipped where there is none.
+"""vLLM's features that need a GPU, with encoded layers.
 
 Features that a CPU has too are tested in their own files, which run on a GPU alike.
 """
@@ -25,8 +25,7 @@ from tests.test_kv_cache import EAGER, LAYERS, assert_encoded, caches
 from tests.test_rotary import longrope_runs
 from tests.tiny_models import PROMPTS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+pytestmark = pytest.mark.gpu
 
 TRITON = {"attention_backend": "TRITON_ATTN"}
 FLASH = {"attention_backend": "FLASH_ATTN"}
@@ -322,7 +321,7 @@ def native(tiny_llama):
     return in_new_process(generate_each, [run], PROMPTS)
 
 
-@two_gpus
+@pytest.mark.gpu(2)
 @pytest.mark.parametrize(
     ("device", "ranks"), [("cuda:1", 1), ("cuda:1", 2), ("cpu", 2), ("cuda", 2)]
 )
