@@ -26,6 +26,10 @@ test: setup
 test-all: setup
 	.venv/bin/python -m pytest
 
+test-gpu: setup
+	.venv/bin/python -m pytest -m gpu --record docs/gpu-tests.json
+	.venv/bin/python -m scripts.gpu_tests
+
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .

@@ -3,22 +3,22 @@
 All results are compared bit for bit, but for sums of the affine codec.
 """
 
+import functools
+import itertools
 import math
 import multiprocessing
-import struct
 import time
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from scx import codecs
 from scx.devices.host import HostDevice, HostSecureLayer
-from scx.devices.plain import SecureLayer
+from scx.devices.interface import Rank
 from scx.kernels.host.worker import DECODE_FEATURES
 from scx.keys import RootKey
-from tests.agreement import assert_same
+from tests import secure_layers
 
 pytestmark = pytest.mark.gpu
 
@@ -32,17 +32,18 @@ def devices():
     from scx.devices.accelerator import AcceleratorSecureLayer
 
     classes = {"host": HostSecureLayer, "accelerator": AcceleratorSecureLayer}
-    made = {}
+    hosts = []
 
-    def layers(kind, *name):
-        if (kind, *name) not in made:
-            made[kind, *name] = secure_layers.build(classes[kind], "cuda", *name)
-        return made[kind, *name]
+    @functools.cache
+    def layers(kind, *setting):
+        layer, plain = secure_layers.build(classes[kind], "cuda", *setting)
+        if kind == "host":
+            hosts.append(layer._host)
+        return layer, plain
 
     yield layers
-    for (kind, *_), (layer, _) in made.items():
-        if kind == "host":
-            layer._host.close()
+    for host in hosts:
+        host.close()
 
 
 def tensors(tokens, head_dim, dtype):
@@ -90,7 +91,9 @@ def test_a_layer_is_the_plain_layer(
 def test_each_replay_of_a_graph_draws_a_fresh_order(kind, codec, tokens, devices):
     layer, _ = devices(kind, torch.bfloat16, 64, True, codec)
     hidden, *_ = tensors(tokens, 64, torch.bfloat16)
-    output = torch.empty(tokens, secure_layers.HEADS * 64, dtype=torch.bfloat16, device="cuda")
+    output = torch.empty(
+        tokens, secure_layers.HEADS * 64, dtype=torch.bfloat16, device="cuda"
+    )
     qkv = torch.zeros(tokens, secure_layers.QKV_HEADS * 64, device="cuda").bfloat16()
     positions = torch.zeros(tokens, dtype=torch.int64, device="cuda")
 
@@ -160,13 +163,24 @@ def test_turns_beyond_every_width_of_a_word(turn, devices):
     layer._host.sequence.zero_()
 
 
+def small_rank(max_tokens):
+    return Rank(
+        num_heads=1,
+        hidden_size=8,
+        dtype=torch.bfloat16,
+        max_tokens=max_tokens,
+        cos_sin_cache=torch.randn(16, 8, device="cuda"),
+        is_neox_style=True,
+        secure_device=torch.device("cpu"),
+        workers=5,
+    )
+
+
 def test_a_million_tokens_and_two_hundred_layers():
     tokens, layers, root = 2**20 + 2053, 200, RootKey.draw()
     derive = codecs.load("permutation").derive
     keys = [derive(root, i, range(1), 8) for i in range(layers)]
-    table = torch.randn(16, 8)
-    rest = torch.bfloat16, torch.device("cuda"), 5
-    host = HostDevice(keys, table, True, 1, 8, tokens, *rest)
+    host = HostDevice(keys, small_rank(tokens))
     rows = torch.randn(tokens, 8, device="cuda").bfloat16()
     for count in (2**20 - 1, 2**20, tokens):
         for layer in (0, 170, 171, layers - 1):
@@ -182,7 +196,8 @@ def test_positions_beyond_the_table_stay_within_it(kind, devices):
     hidden, qkv, _, _ = tensors(8, 64, torch.bfloat16)
     qkv = qkv[:1].repeat(8, 1)
     encoded = []
-    for positions in ([-1, secure_layers.MAX_TOKENS, -(2**62), 2**62] * 2, [0, secure_layers.MAX_TOKENS - 1] * 4):
+    end = secure_layers.MAX_TOKENS
+    for positions in ([-1, end, -(2**62), 2**62] * 2, [0, end - 1] * 4):
         layer.encode_rows(hidden)
         at = torch.tensor(positions, device="cuda")
         encoded.append(torch.cat(layer.encode_features(qkv, at), dim=1))
@@ -192,8 +207,7 @@ def test_positions_beyond_the_table_stay_within_it(kind, devices):
 def trip_to_a_closed_host():
     """Seconds and the error of a graph's trip to workers that have ended."""
     key = codecs.load("permutation").derive(RootKey.draw(), 0, range(1), 8)
-    rest = torch.bfloat16, torch.device("cuda"), 2
-    host = HostDevice([key], torch.randn(16, 8), True, 1, 8, 64, *rest)
+    host = HostDevice([key], small_rank(64))
     rows = torch.zeros(4, 8, dtype=torch.bfloat16, device="cuda")
     host.exchange(rows, DECODE_FEATURES)
     graph = torch.cuda.CUDAGraph()

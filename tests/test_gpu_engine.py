@@ -9,7 +9,6 @@ import statistics
 import time
 
 import pytest
-import torch
 
 from scx.codecs.affine import CONDITION
 from tests.engines import (
