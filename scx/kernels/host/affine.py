@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from scx.kernels.host import panels
-from scx.kernels.host.compiled import converters, element_of, helper, kernel
+from scx.kernels.host import llvm
+from scx.kernels.host.compiled import element_of, helper, kernel
 from scx.kernels.host.rotary import angles_at, rotate_heads
 from scx.kernels.host.rows import prefetch_row
 
@@ -28,7 +28,7 @@ def pack(maps: torch.Tensor) -> np.ndarray:
 
     Columns are padded to whole blocks, which then lie one after another.
     """
-    lanes = panels.lanes()
+    lanes = llvm.lanes()
     padded = torch.nn.functional.pad(maps, (0, -maps.shape[-1] % lanes))
     blocks = padded.unflatten(-1, (-1, lanes)).transpose(-2, -3)
     return blocks.contiguous().numpy()
@@ -86,9 +86,9 @@ def decode_features_kernel(dtype: torch.dtype) -> Callable:
 
 @functools.cache
 def _map_heads(dtype: torch.dtype) -> Callable:
-    widen, narrow = converters(dtype)
-    multiply = panels.panel_function(panels.lanes())
-    vectors = panels.VECTORS
+    widen, narrow = llvm.converters(dtype)
+    multiply = llvm.panel_function(llvm.lanes())
+    vectors = llvm.VECTORS
 
     @helper
     def map_heads(src, dst, first, last, maps):

@@ -1,20 +1,23 @@
-"""What the host's compiled functions are made with: decorators, elements, conversions."""
+"""What the host's compiled functions are made with and of."""
 
-import functools
+import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import numba
 import torch
-from numba import float32, uint16
-from numba.core.typing import Signature, signature
-from numba.extending import intrinsic
 
-from scx.kernels.host.converters import CONVERTERS
+from scx.kernels.host.llvm import relax
 
 helper = numba.njit(
     nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
 )
 """For a function that only compiled code calls."""
+
+# About 40 ns each. After so many a waiting thread lets others have its core now and
+# then, as there may be more threads than cores.
+_SPINS_ALONE = 250
+_SPINS_PER_YIELD = 25
 
 
 def kernel(types: str) -> Callable:
@@ -27,22 +30,20 @@ def element_of(dtype: torch.dtype) -> str:
     return "float32" if dtype == torch.float32 else "uint16"
 
 
-def _converter(types: Signature, emit: Callable) -> Callable:
-    """A function of one value for compiled code; `emit` builds its LLVM code."""
-
-    @intrinsic
-    def convert(typing_context, value):
-        return types, lambda context, builder, types, values: emit(builder, *values)
-
-    return convert
+def libc(name: str, *arguments: Any) -> Callable:
+    """A function of the C library that takes `arguments` and returns an int."""
+    function = ctypes.CDLL(None)[name]
+    function.argtypes = arguments
+    function.restype = ctypes.c_int
+    return function
 
 
-@functools.cache
-def converters(dtype: torch.dtype) -> tuple[Callable, Callable]:
-    """Functions of one element that widen it to float32 and narrow it again."""
-    if dtype == torch.float32:
-        same = _converter(signature(float32, float32), lambda builder, value: value)
-        return same, same
-    widen, narrow = CONVERTERS[dtype]
-    to_float, to_bits = signature(float32, uint16), signature(uint16, float32)
-    return _converter(to_float, widen), _converter(to_bits, narrow)
+_sched_yield = libc("sched_yield")
+
+
+@helper
+def spin(count):
+    """Wait for a moment, the `count`-th in a row."""
+    relax()
+    if count > _SPINS_ALONE and count % _SPINS_PER_YIELD == 0:
+        _sched_yield()

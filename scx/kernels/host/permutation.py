@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from scx.kernels.host import avx512
+from scx.kernels.host import llvm
 from scx.kernels.host.compiled import element_of, helper, kernel
 from scx.kernels.host.rotary import angles_at, rotate_heads
 from scx.kernels.host.rows import prefetch_row
@@ -87,13 +87,13 @@ def decode_features_kernel(dtype: torch.dtype) -> Callable:
 
 
 def _has_registers(dtype: torch.dtype) -> bool:
-    """Whether `scx.kernels.host.avx512` can be used for some sizes of a head."""
-    return dtype != torch.float32 and avx512.is_available()
+    """Whether `llvm.head_function` can be used for some sizes of a head."""
+    return dtype != torch.float32 and llvm.has_head_function()
 
 
 @functools.cache
 def _heads_in_registers(head_dim: int, rotated: torch.dtype | None) -> Callable:
-    one_head = avx512.head_function(head_dim, rotated)
+    one_head = llvm.head_function(head_dim, rotated)
 
     @helper
     def heads_in_registers(src, dst, key, cos_sin):

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from scx.kernels.host.atomics import load_once
-from scx.kernels.host.compiled import converters, helper
+from scx.kernels.host.compiled import helper
+from scx.kernels.host.llvm import converters, load_once
 
 
 @helper

@@ -3,44 +3,19 @@
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import int64, intp
-from numba.core import cgutils
-from numba.core.typing import signature
-from numba.extending import intrinsic
 
 from scx.errors import SCXUnsupportedError
 from scx.kernels.host.compiled import helper, kernel
-
-_PREFETCH = "llvm.prefetch.p0i8"
-
-
-def _prefetch_code(typing_context, address):
-    """Have the cache line at an address on its way into the core's caches."""
-
-    def emit(context, builder, signature, arguments):
-        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, _PREFETCH)
-        # To be read, used soon, data.
-        hints = [ir.Constant(flag, hint) for hint in (0, 3, 1)]
-        builder.call(prefetch, [builder.inttoptr(arguments[0], byte), *hints])
-        return ir.Constant(ir.IntType(64), 0)
-
-    return signature(int64, intp), emit
-
-
-_prefetch: Any = intrinsic(_prefetch_code)
+from scx.kernels.host.llvm import prefetch
 
 
 @helper
 def prefetch_row(row):
     """Rows come in no order, which the hardware's own prefetcher cannot foresee."""
     for start in range(0, row.nbytes, 64):
-        _prefetch(row.ctypes.data + start)
+        prefetch(row.ctypes.data + start)
 
 
 @functools.cache

@@ -43,15 +43,13 @@ import numba
 import numpy as np
 import torch
 
-from scx.kernels.host.atomics import (
+from scx.kernels.host.compiled import helper, libc, spin
+from scx.kernels.host.llvm import (
     compare_exchange,
-    libc,
     load_acquire,
     load_once,
-    spin,
     store_release,
 )
-from scx.kernels.host.compiled import helper
 from scx.kernels.host.table import host_kernels
 from scx.kernels.protocol import (
     FLAG_STRIDE,
