@@ -69,7 +69,9 @@ def order_of(rows, hidden):
 
 
 def assert_is_plain(layer, plain, hidden, qkv, attention, positions):
-    """One step of `layer` has the results of `plain`, which takes the same order."""
+    """One step of `layer` has the results of `plain`, which takes the same order, and
+    counts as one step."""
+    before = layer.traffic
     rows = layer.encode_rows(hidden)
     pi = order_of(rows, hidden)
     assert torch.equal(rows.cpu(), encode_rows(hidden.cpu(), pi))
@@ -84,6 +86,59 @@ def assert_is_plain(layer, plain, hidden, qkv, attention, positions):
     expected = torch.empty_like(attention).cpu()
     plain.decode_features(attention.cpu(), expected)
     assert_same(output.cpu(), expected, plain.features)
+    if len(hidden):
+        sent = hidden.nbytes + qkv.nbytes + attention.nbytes
+        crossed = layer.traffic
+        assert crossed.steps - before.steps == 1
+        assert crossed.crossings - before.crossings == 6
+        assert crossed.bytes_out - before.bytes_out == sent
+        assert crossed.bytes_in - before.bytes_in == sent + positions.nbytes
+
+
+def assert_stays_within_the_rows(layer, hidden, qkv, attention, positions):
+    """Nothing beyond them is read or written: they lie within larger tensors, whose
+    margins are NaN and stay as they are."""
+
+    def framed(rows):
+        frame = rows.new_full((len(rows) + 128, rows.shape[1]), math.nan)
+        frame[64:-64] = rows
+        return frame, frame[64:-64]
+
+    (_, hidden), (_, qkv), (_, attention) = map(framed, (hidden, qkv, attention))
+    frame, output = framed(torch.zeros_like(attention))
+    assert torch.isfinite(layer.encode_rows(hidden)).all()
+    for part in layer.encode_features(qkv, positions):
+        assert torch.isfinite(part).all()
+    layer.decode_features(attention, output)
+    assert torch.isfinite(output).all()
+    assert torch.isnan(frame[:64]).all()
+    assert torch.isnan(frame[-64:]).all()
+
+
+def assert_positions_stay_within_the_table(layer, hidden, qkv):
+    """Positions beyond it count as the nearest that it has. `hidden` has 8 rows."""
+    qkv = qkv[:1].repeat(8, 1)
+    encoded = []
+    end = MAX_TOKENS
+    for positions in ([-1, end, -(2**62), 2**62] * 2, [0, end - 1] * 4):
+        layer.encode_rows(hidden)
+        at = torch.tensor(positions, device=qkv.device)
+        encoded.append(torch.cat(layer.encode_features(qkv, at), dim=1))
+    assert torch.equal(*encoded)
+
+
+def assert_equal_words_keep_the_order_of_their_rows(device):
+    """Which words of 64 bits that were drawn would never show."""
+    from scx.kernels.cuda import secure
+
+    words = torch.randint(-3, 3, (600,), device=device)
+    hidden = torch.randn(600, 8, device=device)
+    counters = torch.tensor([5, 7], device=device)
+    rows, rank = secure.encode_rows(hidden, words, counters)
+    pi = words.argsort(stable=True)
+    assert torch.equal(rows, hidden[pi])
+    assert torch.equal(rank, pi.argsort())
+    assert counters.tolist() == [6, 607]
 
 
 def assert_words_are_chacha20(step, device, count=600):

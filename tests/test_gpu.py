@@ -28,7 +28,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @pytest.fixture(scope="module")
 def devices():
     """A fused layer and a plain one with its key, each made on first use."""
-    # Here, because Triton is found on machines with a GPU only.
+    # Here, because some machines without a GPU have no Triton, and collect this file.
     from scx.devices.accelerator import AcceleratorSecureLayer
 
     classes = {"host": HostSecureLayer, "accelerator": AcceleratorSecureLayer}
@@ -50,10 +50,12 @@ def tensors(tokens, head_dim, dtype):
     return secure_layers.tensors(tokens, head_dim, dtype, "cuda")
 
 
-# What can differ: the kernel by kind, its arithmetic by type and codec, its cuts by the
-# number of rows, its indices by head size and style.
+# What can differ: the kernel by kind, its arithmetic by type and codec, its indices by
+# head size and style, its cuts by the number of rows. The shapes are one row, some whose
+# last block is not full, and many, these two in either style and head size. The other
+# numbers of rows lie at a cut and beside it, which no type or codec moves.
 CODECS, KINDS = ("permutation", "affine"), ("host", "accelerator")
-SHAPES = ((1, 64, True), (100, 80, False), (2049, 64, False))
+SHAPES = ((1, 64, True), (100, 80, False), (2049, 64, True))
 CASES = [
     (kind, dtype, *shape[1:], codec, shape[0])
     for kind, dtype, shape, codec in itertools.product(KINDS, DTYPES, SHAPES, CODECS)
@@ -73,16 +75,8 @@ def test_a_layer_is_the_plain_layer(
 ):
     layer, plain = devices(kind, dtype, head_dim, is_neox_style, codec)
     step = tensors(tokens, head_dim, dtype)
-    before = layer.traffic
     for _ in range(3):
         secure_layers.assert_is_plain(layer, plain, *step)
-    if tokens:
-        sent = sum(tensor.nbytes for tensor in step[:3])
-        crossed = layer.traffic
-        assert crossed.steps - before.steps == 3
-        assert crossed.crossings - before.crossings == 18
-        assert crossed.bytes_out - before.bytes_out == 3 * sent
-        assert crossed.bytes_in - before.bytes_in == 3 * (sent + step[3].nbytes)
 
 
 @pytest.mark.parametrize("tokens", [8, 100])
@@ -124,28 +118,16 @@ def test_the_words_are_chacha20(step):
     secure_layers.assert_words_are_chacha20(step, "cuda")
 
 
+def test_equal_words_keep_the_order_of_their_rows():
+    secure_layers.assert_equal_words_keep_the_order_of_their_rows("cuda")
+
+
 @pytest.mark.parametrize("tokens", [1, 64, 2049])
 @pytest.mark.parametrize("kind", ["host", "accelerator"])
 def test_nothing_is_read_or_written_beyond_the_rows(kind, tokens, devices):
-    """Rows lie within larger tensors, whose margins are NaN and stay as they are."""
     layer, _ = devices(kind, torch.bfloat16, 80)
-    hidden, qkv, attention, positions = tensors(tokens, 80, torch.bfloat16)
-
-    def framed(rows):
-        frame = torch.full((tokens + 128, rows.shape[1]), math.nan, device="cuda")
-        frame = frame.to(rows.dtype)
-        frame[64:-64] = rows
-        return frame, frame[64:-64]
-
-    (_, hidden), (_, qkv), (_, attention) = map(framed, (hidden, qkv, attention))
-    frame, output = framed(torch.zeros_like(attention))
-    assert torch.isfinite(layer.encode_rows(hidden)).all()
-    for part in layer.encode_features(qkv, positions):
-        assert torch.isfinite(part).all()
-    layer.decode_features(attention, output)
-    assert torch.isfinite(output).all()
-    assert torch.isnan(frame[:64]).all()
-    assert torch.isnan(frame[-64:]).all()
+    step = tensors(tokens, 80, torch.bfloat16)
+    secure_layers.assert_stays_within_the_rows(layer, *step)
 
 
 @pytest.mark.parametrize("turn", [2**31 - 4, 2**32 - 4, 2**63 - 8], ids=hex)
@@ -193,15 +175,8 @@ def test_a_million_tokens_and_two_hundred_layers():
 @pytest.mark.parametrize("kind", ["host", "accelerator"])
 def test_positions_beyond_the_table_stay_within_it(kind, devices):
     layer, _ = devices(kind, torch.bfloat16, 64)
-    hidden, qkv, _, _ = tensors(8, 64, torch.bfloat16)
-    qkv = qkv[:1].repeat(8, 1)
-    encoded = []
-    end = secure_layers.MAX_TOKENS
-    for positions in ([-1, end, -(2**62), 2**62] * 2, [0, end - 1] * 4):
-        layer.encode_rows(hidden)
-        at = torch.tensor(positions, device="cuda")
-        encoded.append(torch.cat(layer.encode_features(qkv, at), dim=1))
-    assert torch.equal(*encoded)
+    hidden, qkv, *_ = tensors(8, 64, torch.bfloat16)
+    secure_layers.assert_positions_stay_within_the_table(layer, hidden, qkv)
 
 
 def trip_to_a_closed_host():

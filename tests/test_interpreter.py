@@ -14,8 +14,8 @@ from tests import secure_layers
 
 pytest.importorskip("triton")
 
-# bfloat16 is left out: the interpreter keeps it as uint16 and cuts off its lower bits
-# instead of rounding to nearest, so a rotated feature can be off by its last place.
+# bfloat16 is left out: the interpreter cuts float32 off to it where a GPU rounds to
+# nearest, so half of the rotated features would be off by their last place.
 DTYPES = (torch.float32, torch.float16)
 # None, one program, and more words than one program compares at once.
 SHAPES = ((0, 64, True), (7, 80, False), (300, 80, True))
@@ -32,6 +32,10 @@ def check_each(cases):
         )
         step = secure_layers.tensors(tokens, head_dim, dtype, "cpu")
         secure_layers.assert_is_plain(layer, plain, *step)
+        secure_layers.assert_stays_within_the_rows(layer, *step)
+    hidden, qkv, *_ = secure_layers.tensors(8, head_dim, dtype, "cpu")
+    secure_layers.assert_positions_stay_within_the_table(layer, hidden, qkv)
+    secure_layers.assert_equal_words_keep_the_order_of_their_rows("cpu")
     for nonce in (1, (1 << 40) + 7):
         secure_layers.assert_words_are_chacha20(nonce, "cpu")
     return len(cases)
