@@ -2,11 +2,12 @@
 # make eval   accuracy, plain and encoded, on the embedded default: no hub needed
 # make test   the tests that end within 25 minutes on two cores
 # make test-all   all of them
+# make test-gpu   the tests that need an NVIDIA GPU, with their record
 # make lint   style, types, shell scripts and secrets
 # make dist   the sdist and the wheel, reproducibly
 # make wheel-test   the wheel in an empty environment
 # make ci     lint, wheel-test and test: what has to pass before a change is merged
-.PHONY: setup demo eval test test-all lint dist wheel-test ci clean
+.PHONY: setup demo eval test test-all test-gpu lint dist wheel-test ci clean
 
 setup:
 	@scripts/setup.sh

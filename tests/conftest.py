@@ -10,7 +10,6 @@ import psutil
 import pytest
 import torch
 
-from benchmark_throughput.harness import git_state
 from scripts import gpu_tests
 from tests import tiny_models
 
@@ -21,11 +20,8 @@ SECONDS = 480
 SLOW_SECONDS = 1800
 """The most that a test, or what it and others share, may take before it fails."""
 
-
-WANTING = pytest.StashKey[tuple[int, int]]()
-"""How many tests were left out, and how many CUDA devices there are."""
-OUTCOMES = pytest.StashKey[dict[str, str]]()
-"""What became of each test, by node id."""
+TOO_FEW_DEVICES = pytest.StashKey[int]()
+"""How many tests need more CUDA devices than are here."""
 
 
 def bounded(item):
@@ -49,54 +45,36 @@ def bounded(item):
 
 def pytest_addoption(parser):
     parser.addoption("--record", metavar="FILE", help="where to record a run on a GPU")
-    parser.addoption("--commit", help="what that run tested (default: as git says)")
+    parser.addoption("--commit", help="what that run tests (default: as git says)")
 
 
 def pytest_configure(config):
-    if config.getoption("--record") and not torch.cuda.is_available():
-        raise pytest.UsageError("--record: no CUDA device here to record a run of")
+    if file := config.getoption("--record"):
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--record: no CUDA device here to record a run of")
+        commit = config.getoption("--commit") or gpu_tests.commit_here()
+        if not commit:
+            raise pytest.UsageError("--record: commit this code, or name its --commit")
+        config.pluginmanager.register(gpu_tests.Recorder(Path(file), commit))
 
 
 # Before others are left out by name or by marker, so that they are not counted twice.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Leave out the tests that need more CUDA devices than are here."""
-    here, wanting = torch.cuda.device_count(), []
-    for item in items:
-        marker = item.get_closest_marker("gpu")
-        if marker and max([*marker.args, 1]) > here:
-            wanting.append(item)
-    if wanting:
-        items[:] = [item for item in items if item not in wanting]
-        config.hook.pytest_deselected(items=wanting)
-        config.stash[WANTING] = len(wanting), here
+    here = torch.cuda.device_count()
+    wanting = [item for item in items if gpu_tests.devices_for(item) > here]
+    items[:] = [item for item in items if gpu_tests.devices_for(item) <= here]
+    config.hook.pytest_deselected(items=wanting)
+    config.stash[TOO_FEW_DEVICES] = len(wanting)
 
 
 def pytest_report_collectionfinish(config):
-    if WANTING in config.stash:
-        count, here = config.stash[WANTING]
-        return f"{count} tests left out: they need more than the {here} CUDA devices here"
-
-
-def pytest_sessionstart(session):
-    session.config.stash[OUTCOMES] = {}
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    """Keep the worst outcome of a test's setup, call and teardown."""
-    report = yield
-    outcomes = item.config.stash[OUTCOMES]
-    says = report.when == "call" or report.outcome != "passed"
-    if says and outcomes.get(item.nodeid) != "failed":
-        outcomes[item.nodeid] = report.outcome
-    return report
-
-
-def pytest_sessionfinish(session):
-    if file := session.config.getoption("--record"):
-        commit = session.config.getoption("--commit") or git_state()[0]
-        gpu_tests.merge(Path(file), commit, session.config.stash[OUTCOMES])
+    if count := config.stash[TOO_FEW_DEVICES]:
+        return (
+            f"{count} gpu tests deselected: they need more than the "
+            f"{torch.cuda.device_count()} CUDA devices here; run them with make test-gpu"
+        )
 
 
 pytest_runtest_setup = pytest.hookimpl(wrapper=True)(bounded)
