@@ -214,12 +214,19 @@ def test_both_tables_of_longrope(tmp_path):
 # What a cache holds, and what another process reads of it.
 
 
-@pytest.mark.parametrize("mode", [EAGER, COMPILED], ids=["eager", "graphs"])
+@pytest.fixture(scope="module", params=[EAGER, COMPILED], ids=["eager", "graphs"])
+def native_caches(request, tiny_qwen2):
+    """Engine arguments, and what a native engine with them caches."""
+    arguments = TRITON | request.param
+    return arguments, in_new_process(caches, tiny_qwen2, arguments)
+
+
 @pytest.mark.parametrize("codec", ["permutation", "affine"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_encoded_layers_alone_hold_an_encoded_cache(device, codec, mode, tiny_qwen2):
-    arguments = TRITON | mode
-    native = in_new_process(caches, tiny_qwen2, arguments)
+def test_encoded_layers_alone_hold_an_encoded_cache(
+    device, codec, tiny_qwen2, native_caches
+):
+    arguments, native = native_caches
     layers = {1, 3}
     env = {
         "SCX_ENC_LAYERS": ",".join(map(str, layers)),
