@@ -12,8 +12,8 @@ from scx.audit.capture import Recorder
 from scx.audit.public_model import PublicModel
 from scx.codecs import permutation
 from tests.engines import engine, greedy, in_new_process, shut_down
+from tests.kv_caches import TOLERANCE, cached_tokens
 from tests.root_keys import new_key_file, root_key
-from tests.test_kv_cache import TOLERANCE, cached_tokens
 from tests.tiny_models import SHAPE, VOCABULARY
 
 LAYERS = (0, 2)

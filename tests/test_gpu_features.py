@@ -8,6 +8,7 @@ import statistics
 import pytest
 import torch
 
+from tests import longrope
 from tests.engines import (
     differences,
     engine,
@@ -19,10 +20,10 @@ from tests.engines import (
     shut_down,
     watch_rows,
 )
+from tests.kv_caches import EAGER, LAYERS, assert_encoded, caches
+from tests.kv_stores import run_on_store
 from tests.quantized_models import save_quantized
-from tests.test_key_exchange import new_key_file, run_on_store
-from tests.test_kv_cache import EAGER, LAYERS, assert_encoded, caches
-from tests.test_rotary import longrope_runs
+from tests.root_keys import new_key_file
 from tests.tiny_models import PROMPTS
 
 pytestmark = pytest.mark.gpu
@@ -205,7 +206,7 @@ def test_drafts_that_the_gpu_looks_up(mode, tiny_llama):
 
 def test_both_tables_of_longrope(tmp_path):
     """As test_rotary.py has it, in the fused kernels and in graphs."""
-    runs = longrope_runs(tmp_path, TRITON | COMPILED)
+    runs = longrope.runs(tmp_path, TRITON | COMPILED)
     native = in_new_process(generate_each, runs, PROMPTS)
     for name in ENCODED:
         assert in_new_process(generate_each, runs, PROMPTS, env=SETTINGS[name]) == native

@@ -22,30 +22,17 @@ from scx.keys import RootKey, get_scx_config
 from scx.plugin import kv_store, plan
 from scx.plugin.plan import EncodingPlan
 from tests import tiny_models
-from tests.engines import engine, greedy, in_new_process, shut_down, watch_rows
+from tests.engines import engine, in_new_process
+from tests.kv_caches import TOLERANCE, cached_tokens
+from tests.kv_stores import PROMPT, run_on_store, transfer
 from tests.root_keys import identity, new_key_file, root_key
-from tests.test_kv_cache import TOLERANCE, cached_tokens
 from tests.test_refusals import configure_each
-from tests.tiny_models import PROMPTS, SHAPE
+from tests.tiny_models import SHAPE
 
-# Two blocks of the CPU backend's 128 tokens are stored, and the rest is not.
-PROMPT = PROMPTS[-1]
+# Of PROMPT: two blocks of the CPU backend's 128 tokens. The rest is not stored.
 STORED = 256
 LAYERS = [0, 2]
 RECORD = {"model": "abcd", "codec": "permutation", "layers": LAYERS}
-
-
-def transfer(folder, connector="ExampleConnector", **settings):
-    """Engine arguments; without a folder there is no such setting."""
-    if folder is not None:
-        settings |= {kv_store.FOLDER: str(folder)}
-    return {
-        "kv_transfer_config": {
-            "kv_connector": connector,
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": settings,
-        }
-    }
 
 
 # The label itself, without vLLM.
@@ -564,37 +551,6 @@ def test_a_worker_has_the_key_of_the_model_that_was_recorded(tmp_path, monkeypat
 
 
 # The exchange, between engines of different processes.
-
-
-def run_on_store(model, folder, spoil=False):
-    """Tokens for PROMPT, rows that layer 0 projected, files read from the store.
-
-    With `spoil` all that is stored is set to zero after that, and a second triple
-    says what the engine then does.
-    """
-    import safetensors.torch
-
-    load, files = safetensors.torch.load_file, []
-
-    def counted(name, *rest, **named):
-        files.append(name)
-        return load(name, *rest, **named)
-
-    safetensors.torch.load_file = counted
-    llm = engine(model, skip_tokenizer_init=True, **transfer(folder))
-    rows = watch_rows(llm)
-    results = []
-    for _ in range(1 + spoil):
-        (tokens,) = greedy(llm, [PROMPT])
-        results.append((tokens, sum(rows), len(files)))
-        rows.clear()
-        files.clear()
-        if spoil:
-            for file in folder.rglob("*.safetensors"):
-                kv = load(file)["kv_cache"]
-                safetensors.torch.save_file({"kv_cache": torch.zeros_like(kv)}, file)
-    shut_down(llm)
-    return results
 
 
 def stored(folder):

@@ -15,7 +15,7 @@ from tests.engines import (
     in_new_process,
     shut_down,
 )
-from tests.test_kv_cache import LAYERS, PROMPT, TOLERANCE, cached_tokens
+from tests.kv_caches import LAYERS, PROMPT, TOLERANCE, cached_tokens
 from tests.tiny_models import PROMPTS
 
 PROCESSES = {

@@ -7,32 +7,19 @@ from torch import nn
 from scx.codecs import plain
 from scx.errors import SCXUnsupportedError
 from scx.plugin import rotary
-from tests import tiny_models
+from tests import longrope, tiny_models
 from tests.engines import generate_each, in_new_process
 
 HEAD_DIM = 32
-FACTORS = {
-    "short_factor": [1 + i / 100 for i in range(16)],
-    "long_factor": [1.0 + i for i in range(16)],
-}
-ROPES = tiny_models.ROPE_VARIANTS | {
-    "dynamic with alpha": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 4.0},
-    "ntk": {"rope_type": "ntk", "rope_theta": 1e4, "factor": 2.0},
-    "partial": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
-    "longrope": FACTORS
+ROPES = (
+    tiny_models.ROPE_VARIANTS
     | {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "original_max_position_embeddings": 256,
-    },
-    "longrope, partial": {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "original_max_position_embeddings": 256,
-        "partial_rotary_factor": 0.75,
-        **{name: factors[:12] for name, factors in FACTORS.items()},
-    },
-}
+        "dynamic with alpha": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 4.0},
+        "ntk": {"rope_type": "ntk", "rope_theta": 1e4, "factor": 2.0},
+        "partial": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    }
+    | longrope.VARIANTS
+)
 OTHER = {
     "three positions": {"rope_type": "default", "mrope_section": [4, 6, 6]},
     "deepseek": {
@@ -58,13 +45,13 @@ def build(rope, dtype=torch.float32, max_model_len=256):
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.rotary_embedding import get_rope
     from vllm.model_executor.layers.rotary_embedding import (
-        phi3_long_rope_scaled_rope as longrope,
+        phi3_long_rope_scaled_rope as vllms_longrope,
     )
 
     length = mock.Mock(**{"return_value.model_config.max_model_len": max_model_len})
     with (
         set_current_vllm_config(VllmConfig()),
-        mock.patch.object(longrope, "get_current_vllm_config", length),
+        mock.patch.object(vllms_longrope, "get_current_vllm_config", length),
         mock.patch("vllm.model_executor.layers.rotary_embedding._ROPE_DICT", {}),
     ):
         return get_rope(HEAD_DIM, POSITIONS, True, dict(rope), dtype)
@@ -136,28 +123,9 @@ def test_what_cannot_be_encoded_is_named(rope, text):
     assert len(obstacle.splitlines()) == 1
 
 
-def longrope_runs(folder, settings):
-    """Engines of which one stays within the original length and the other goes beyond."""
-    return [
-        {
-            "model": tiny_models.save(
-                folder / name,
-                "Phi3ForCausalLM",
-                pad_token_id=0,
-                original_max_position_embeddings=512,
-                rope_parameters=ROPES[name] | {"original_max_position_embeddings": 512},
-            ),
-            "max_model_len": length,
-            "skip_tokenizer_init": True,
-        }
-        | settings
-        for name, length in (("longrope", 512), ("longrope, partial", 1024))
-    ]
-
-
 def test_longrope_gives_native_tokens(tmp_path):
     """As in Phi-3-mini-128k and Phi-4-mini."""
-    runs = longrope_runs(tmp_path, {})
+    runs = longrope.runs(tmp_path, {})
     native, encoded = (
         in_new_process(
             generate_each, runs, tiny_models.PROMPTS, env={"SCX_ENC_LAYERS": layers}
