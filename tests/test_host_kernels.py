@@ -16,7 +16,7 @@ from scx.codecs import permutation, plain
 from scx.codecs import rows as row_codec
 from scx.codecs.affine import AffineCodec
 from scx.errors import SCXError
-from scx.kernels.host import affine, llvm
+from scx.kernels.host import affine
 from scx.kernels.host import rows as row_kernels
 from scx.kernels.host.table import host_kernels
 from scx.keys import RootKey
@@ -225,7 +225,7 @@ def test_affine_features_are_the_codecs(dtype, rows, shape, fraction, is_neox, s
 @pytest.mark.parametrize("lanes", [16, 32])
 def test_panels_of_any_width_of_register(lanes, monkeypatch):
     """Both widths run on any machine: LLVM splits what its registers do not hold."""
-    monkeypatch.setattr(llvm, "lanes", lambda: lanes)
+    monkeypatch.setattr(affine, "panel_lanes", lambda: lanes)
     depth, head_dim = 80, 80
     features = AffineCodec.derive(RootKey.draw(), 0, range(2), head_dim)
     _, decoding = features.tables

@@ -19,12 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
+from scx.kernels.mailbox import Mailbox
 from scx.kernels.protocol import (
     FLAG_STRIDE,
     FORSAKEN,
     MAX_CHUNK_ROWS,
     ROWS_BITS,
-    Mailbox,
     chunk_rows_of,
 )
 

@@ -1,4 +1,4 @@
-"""What the host's compiled functions are made with and of."""
+"""How the host's functions are compiled, and the types that they share."""
 
 import ctypes
 from collections.abc import Callable
@@ -6,28 +6,27 @@ from typing import Any
 
 import numba
 import torch
-
-from scx.kernels.host.llvm import relax
+from numba import types
 
 helper = numba.njit(
     nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
 )
-"""For a function that only compiled code calls."""
-
-# About 40 ns each. After so many a waiting thread lets others have its core now and
-# then, as there may be more threads than cores.
-_SPINS_ALONE = 250
-_SPINS_PER_YIELD = 25
+"""Decorates a function that only compiled code calls."""
 
 
-def kernel(types: str) -> Callable:
-    """Like `numba.njit`, but compiles at once: no step waits for it."""
-    return numba.njit(types, nogil=True, error_model="numpy")
+def kernel(signature: Any) -> Callable:
+    """Like `numba.njit`, but compiles at once, so that no step waits for it."""
+    return numba.njit(signature, nogil=True, error_model="numpy")
 
 
-def element_of(dtype: torch.dtype) -> str:
-    """numba's name of an element."""
-    return "float32" if dtype == torch.float32 else "uint16"
+def element_of(dtype: torch.dtype) -> types.Type:
+    """numba's type of an element."""
+    return types.float32 if dtype == torch.float32 else types.uint16
+
+
+def array(element: types.Type, dimensions: int) -> types.Array:
+    """numba's type of a C-contiguous array."""
+    return types.Array(element, dimensions, "C")
 
 
 def libc(name: str, *arguments: Any) -> Callable:
@@ -36,14 +35,3 @@ def libc(name: str, *arguments: Any) -> Callable:
     function.argtypes = arguments
     function.restype = ctypes.c_int
     return function
-
-
-_sched_yield = libc("sched_yield")
-
-
-@helper
-def spin(count):
-    """Wait for a moment, the `count`-th in a row."""
-    relax()
-    if count > _SPINS_ALONE and count % _SPINS_PER_YIELD == 0:
-        _sched_yield()
