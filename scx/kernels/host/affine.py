@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numba.types import boolean, float32, int32, int64, intp, void
+from numba import boolean, float32, int32, int64, intp, void
 
 from scx.kernels.host.compiled import array, element_of, helper, kernel
 from scx.kernels.host.llvm import VECTORS, conversions, panel_function, panel_lanes

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from llvmlite import binding, ir
+from numba import boolean, float32, int64, intp, uint16, void
 from numba.extending import intrinsic
-from numba.types import boolean, float32, int64, intp, uint16, void
 
 _VOID = ir.VoidType()
 _I8, _I16, _I32, _I64 = (ir.IntType(width) for width in (8, 16, 32, 64))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numba.types import boolean, float32, int32, int64, intp, uint16, void
+from numba import boolean, float32, int32, int64, intp, uint16, void
 
 from scx.kernels.host.compiled import array, element_of, helper, kernel
 from scx.kernels.host.llvm import has_avx512_words, head_function

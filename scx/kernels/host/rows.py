@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numba.types import int32, intp, uint64, void
+from numba import int32, intp, uint64, void
 
 from scx.errors import SCXUnsupportedError
 from scx.kernels.host.compiled import array, element_of, helper, kernel

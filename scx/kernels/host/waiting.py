@@ -29,7 +29,7 @@ _MONOTONIC = time.CLOCK_MONOTONIC
 
 
 @helper
-def _spin(count):
+def spin(count):
     """Wait for a moment. `count` is the number of spins before this one."""
     relax()
     if count > _SPINS_ALONE and count % _SPINS_PER_YIELD == 0:
@@ -55,7 +55,7 @@ def wait_for_workers(own, chunks):
             served += load_acquire(address(own.served, FLAG_STRIDE * worker))
         if served == chunks:
             return OK
-        _spin(spins)
+        spin(spins)
         spins += 1
     return ENDED
 
@@ -75,7 +75,7 @@ def wait_for_rows(shared, own, trip, first, last):
             if _must_end(own):
                 return ENDED
             if spins < _SPINS:
-                _spin(spins)
+                spin(spins)
                 spins += 1
             elif naps < own.patience:
                 _usleep(_SHORT_NAP_MICROSECONDS)
@@ -101,7 +101,7 @@ def wait_for_trip(flag, last, own, idle):
         if _must_end(own):
             return ENDED, last
         if idle[0] < _SPINS:
-            _spin(idle[0])
+            spin(idle[0])
             idle[0] += 1
         elif idle[1] < _SHORT_NAPS:
             _usleep(_SHORT_NAP_MICROSECONDS)
