@@ -18,7 +18,8 @@ from scx.codecs import permutation, plain
 from scx.codecs import rows as row_codec
 from scx.codecs.affine import AffineCodec
 from scx.errors import SCXError
-from scx.kernels.host import affine, permutation
+from scx.kernels.host import affine
+from scx.kernels.host import permutation as permutation_kernels
 from scx.kernels.host import rows as row_kernels
 from scx.kernels.host.table import host_kernels
 from scx.keys import RootKey
@@ -412,7 +413,7 @@ def test_a_third_codec_brings_a_module_of_kernels(monkeypatch):
     """A codec names its module, and nothing else here knows the codecs."""
 
     class Third:
-        encode_features_kernel = staticmethod(permutation.encode_features_kernel)
+        encode_features_kernel = staticmethod(permutation_kernels.encode_features_kernel)
         decode_features_kernel = staticmethod(affine.decode_features_kernel)
         pack = staticmethod(affine.pack)
 

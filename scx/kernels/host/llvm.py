@@ -40,8 +40,8 @@ def _compiled(types: Any) -> Callable[[Callable], Any]:
 def _at(builder: Any, address: Any, kind: ir.Type) -> Any:
     """The pointer to a `kind` at an address.
 
-    A typed pointer, although llvmlite means to drop them: llvmlite 0.44 does not parse
-    opaque ones, and `store_atomic` of 0.47 does not take one.
+    A typed pointer, although llvmlite means to drop them: `store_atomic` takes no opaque
+    one in any version up to 0.50, and llvmlite 0.44, for vLLM 0.26, does not parse them.
     """
     return builder.inttoptr(address, kind.as_pointer())
 
@@ -183,8 +183,8 @@ _FLOATS = ir.VectorType(_FLOAT, 32)
 _PICK = "llvm.x86.avx512.vpermi2var.hi.512"
 
 
-def has_avx512_words() -> bool:
-    """Whether this machine has AVX-512 for elements of 16 bits (AVX512BW)."""
+def has_head_function() -> bool:
+    """Whether this machine has AVX-512 for elements of 16 bits, AVX512BW."""
     return binding.get_host_cpu_features().get("avx512bw", False)
 
 

@@ -12,7 +12,7 @@ import torch
 from numba import boolean, float32, int32, int64, intp, uint16, void
 
 from scx.kernels.host.compiled import array, element_of, helper, kernel
-from scx.kernels.host.llvm import has_avx512_words, head_function
+from scx.kernels.host.llvm import has_head_function, head_function
 from scx.kernels.host.rotary import angles_at, rotate_heads
 from scx.kernels.host.rows import prefetch_row
 
@@ -85,7 +85,7 @@ def decode_features_kernel(dtype: torch.dtype) -> Callable:
 
 def _in_registers(dtype: torch.dtype) -> bool:
     """Whether heads of 64 or 128 features are held in AVX-512 registers."""
-    return dtype != torch.float32 and has_avx512_words()
+    return dtype != torch.float32 and has_head_function()
 
 
 @functools.cache

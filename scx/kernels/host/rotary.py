@@ -16,7 +16,7 @@ def angles_at(cos_sin, positions, row):
 
     Positions come from the accelerator, which could change one between its check and its
     use. A position outside the table counts as the nearest one inside, as it does in
-    `scx.codecs.reference.apply_rotary`.
+    `scx.codecs.plain.apply_rotary`.
     """
     position = load_once(positions.ctypes.data + 8 * row)
     return cos_sin[min(max(position, 0), len(cos_sin) - 1)]
@@ -24,7 +24,7 @@ def angles_at(cos_sin, positions, row):
 
 @functools.cache
 def rotate_heads(dtype: torch.dtype) -> Callable:
-    """`reference.apply_rotary` for the heads of one row, bit for bit."""
+    """`scx.codecs.plain.apply_rotary` for the heads of one row, bit for bit."""
     widen, narrow = conversions(dtype)
 
     @helper
