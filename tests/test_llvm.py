@@ -38,6 +38,18 @@ def test_one_file_builds_ir_and_leans_on_no_internals_of_numba():
                     assert not name.startswith(("llvmlite", "numba.extending")), path
 
 
+def test_a_pointer_is_its_address():
+    @numba.njit
+    def view(address, size):
+        return numba.carray(llvm.pointer(address), (size,), np.int64)
+
+    words = np.arange(10)
+    middle = view(words.ctypes.data + 16, 3)
+    assert middle.tolist() == [2, 3, 4]
+    middle[:] = 7
+    assert words.tolist() == [0, 1, 7, 7, 7, 5, 6, 7, 8, 9]
+
+
 # Words that threads share.
 
 

@@ -1,6 +1,7 @@
 """How the host's functions are compiled, and the types that they share."""
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,18 @@ import numba
 import torch
 from numba import types
 
-helper = numba.njit(
-    nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+_internal = functools.partial(
+    numba.njit,
+    nogil=True,
+    error_model="numpy",
+    no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
 )
+helper = _internal()
 """Decorates a function that only compiled code calls."""
+inlined = _internal(forceinline=True)
+"""Like `helper`, but always inlined. The worker's functions pass tuples of many arrays to
+each other, and copying those would take longer than the work of a short trip."""
 
 
 def kernel(signature: Any) -> Callable:

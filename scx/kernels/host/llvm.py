@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from llvmlite import binding, ir
-from numba import boolean, float32, int64, intp, uint16, void
+from numba import boolean, float32, int64, intp, types, uint16, void
 from numba.extending import intrinsic
 
 _VOID = ir.VoidType()
@@ -20,17 +20,17 @@ _I8, _I16, _I32, _I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
 _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
 
 
-def _compiled(types: Any) -> Callable[[Callable], Any]:
-    """Decorate `emit(builder, *arguments)`, which builds the IR of a function with the
-    numba signature `types`. An `emit` that returns None is one of a void function."""
+def _compiled(signature: Any) -> Callable[[Callable], Any]:
+    """Decorate `emit(builder, *arguments)`, which builds the IR of a function with this
+    numba signature. An `emit` that returns None is one of a void function."""
 
     def decorate(emit: Callable) -> Any:
         def typing(typing_context, *arguments):
-            def lower(context, builder, signature, arguments):
-                result = emit(builder, *arguments)
+            def lower(context, builder, types, values):
+                result = emit(builder, *values)
                 return context.get_dummy_value() if result is None else result
 
-            return types, lower
+            return signature, lower
 
         return intrinsic(functools.update_wrapper(typing, emit))
 
@@ -50,6 +50,12 @@ def _call(builder: Any, name: str, result: ir.Type, *arguments: Any) -> Any:
     """Call one of LLVM's own intrinsics."""
     kind = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.call(builder.module.declare_intrinsic(name, (), kind), arguments)
+
+
+@_compiled(types.voidptr(intp))
+def pointer(builder, address):
+    """An address as a pointer, which `numba.carray` takes."""
+    return _at(builder, address, _I8)
 
 
 # Words of 64 bits that threads or devices share.

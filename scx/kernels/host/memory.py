@@ -22,9 +22,11 @@ as data. The rest belongs to this process.
 
 from typing import NamedTuple
 
+import numba
 import numpy as np
 
-from scx.kernels.host.compiled import helper
+from scx.kernels.host.compiled import inlined
+from scx.kernels.host.llvm import pointer
 from scx.kernels.protocol import FLAG_STRIDE
 
 # What a worker's loop returns, and the values of STATUS.
@@ -86,7 +88,46 @@ class Private(NamedTuple):
     """The most short naps that a worker takes while it waits for a chunk."""
 
 
-@helper
+@inlined
 def address(words, index):
     """The address of one of an array's 64-bit words."""
     return words.ctypes.data + 8 * index
+
+
+@inlined
+def _borrowed(array):
+    return numba.carray(pointer(array.ctypes.data), array.shape, array.dtype)
+
+
+@inlined
+def borrowed(shared, own):
+    """The same memory in arrays that do not own it, and which the caller's must outlive.
+
+    numba counts references to arrays that own memory: dozens of atomic additions per
+    chunk, to words that all workers would write.
+    """
+    return (
+        Shared(
+            _borrowed(shared.inbox),
+            _borrowed(shared.outbox),
+            _borrowed(shared.positions),
+            _borrowed(shared.ready),
+            _borrowed(shared.done),
+            _borrowed(shared.request),
+        ),
+        Private(
+            _borrowed(own.control),
+            _borrowed(own.served),
+            _borrowed(own.trip),
+            _borrowed(own.hops),
+            _borrowed(own.orders),
+            _borrowed(own.words),
+            _borrowed(own.encoding_keys),
+            _borrowed(own.decoding_keys),
+            _borrowed(own.cos_sin),
+            _borrowed(own.counters),
+            own.num_heads,
+            own.is_neox_style,
+            own.patience,
+        ),
+    )

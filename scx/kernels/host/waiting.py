@@ -3,7 +3,7 @@
 import ctypes
 import time
 
-from scx.kernels.host.compiled import helper, libc
+from scx.kernels.host.compiled import inlined, libc
 from scx.kernels.host.llvm import load_acquire, relax
 from scx.kernels.host.memory import CUT_OFF, OK, STATUS, STOP, address
 from scx.kernels.protocol import FLAG_STRIDE
@@ -28,7 +28,7 @@ _clock_gettime = libc("clock_gettime", ctypes.c_int, ctypes.c_void_p)
 _MONOTONIC = time.CLOCK_MONOTONIC
 
 
-@helper
+@inlined
 def spin(count):
     """Wait for a moment. `count` is the number of spins before this one."""
     relax()
@@ -36,7 +36,7 @@ def spin(count):
         _sched_yield()
 
 
-@helper
+@inlined
 def _must_end(own):
     control = own.control
     return (
@@ -45,7 +45,7 @@ def _must_end(own):
     )
 
 
-@helper
+@inlined
 def wait_for_workers(own, chunks):
     """Wait until all workers together have served `chunks` chunks: OK or ENDED."""
     spins = 0
@@ -60,18 +60,14 @@ def wait_for_workers(own, chunks):
     return ENDED
 
 
-@helper
-def wait_for_rows(shared, own, trip, first, last):
-    """Wait for the chunks with rows [first, last) of a trip.
-
-    OK once all are there, ENDED if this worker must stop, CUT_OFF if a chunk does not
-    come.
-    """
-    end = (last + trip.chunk_rows - 1) // trip.chunk_rows
-    for chunk in range(first // trip.chunk_rows, end):
+@inlined
+def wait_for_rows(shared, own, first, last, turn):
+    """Wait for chunks [first, last) of a trip: OK once all are there, ENDED if this
+    worker must stop, CUT_OFF if a chunk does not come."""
+    for chunk in range(first, last):
         flag = address(shared.ready, FLAG_STRIDE * chunk)
         spins = naps = 0
-        while load_acquire(flag) != trip.turn:
+        while load_acquire(flag) != turn:
             if _must_end(own):
                 return ENDED
             if spins < _SPINS:
@@ -85,7 +81,7 @@ def wait_for_rows(shared, own, trip, first, last):
     return OK
 
 
-@helper
+@inlined
 def wait_for_trip(flag, last, own, idle):
     """Wait until the turn at address `flag` is no longer `last`: OK or ENDED, and the
     turn.
@@ -110,7 +106,7 @@ def wait_for_trip(flag, last, own, idle):
             _usleep(_LONG_NAP_MICROSECONDS)
 
 
-@helper
+@inlined
 def nanoseconds(moment):
     """The clock of `time.monotonic`. `moment`, int64 (2,), takes a struct timespec."""
     _clock_gettime(_MONOTONIC, moment.ctypes)

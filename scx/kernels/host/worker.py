@@ -22,7 +22,7 @@ import numba
 import numpy as np
 import torch
 
-from scx.kernels.host.compiled import helper
+from scx.kernels.host.compiled import inlined
 from scx.kernels.host.llvm import (
     compare_exchange,
     load_acquire,
@@ -55,6 +55,7 @@ from scx.kernels.host.memory import (
     TRIP_TOKENS,
     TURN,
     address,
+    borrowed,
 )
 from scx.kernels.host.table import host_kernels
 from scx.kernels.host.waiting import (
@@ -78,17 +79,20 @@ _CLAIM_BITS = 32
 _CLAIM_MASK = (1 << _CLAIM_BITS) - 1
 _ROWS_MASK = (1 << ROWS_BITS) - 1
 
-_chunk_rows_of: Any = helper(chunk_rows_of)
-_group_of: Any = helper(group_of)
+_chunk_rows_of: Any = inlined(chunk_rows_of)
+_group_of: Any = inlined(group_of)
 
 
 class _Trip(NamedTuple):
     turn: int
     kind: int
     layer: int
-    width: int
     tokens: int
     chunk_rows: int
+    source: np.ndarray
+    """(tokens, width): the inbox."""
+    target: np.ndarray
+    """(tokens, width): the outbox."""
 
 
 class _Order(NamedTuple):
@@ -102,7 +106,7 @@ class _Order(NamedTuple):
     """int64 (1,): the first row of that group, or -1 if there is none."""
 
 
-@helper
+@inlined
 def _claim(own, turn):
     """A chunk of this turn that no worker has, or -1 if none is left."""
     claims = address(own.control, CLAIMS)
@@ -116,12 +120,28 @@ def _claim(own, turn):
             return own.trip[TRIP_CHUNKS] - left
 
 
+@inlined
+def _read_trip(shared, own, turn):
+    """The trip that worker 0 announced."""
+    hop, tokens = own.hops[own.trip[TRIP_HOP]], own.trip[TRIP_TOKENS]
+    shape, size = (tokens, hop[HOP_WIDTH]), tokens * hop[HOP_WIDTH]
+    return _Trip(
+        turn,
+        hop[HOP_KIND],
+        hop[HOP_LAYER],
+        tokens,
+        _chunk_rows_of(tokens),
+        shared.inbox[:size].reshape(shape),
+        shared.outbox[:size].reshape(shape),
+    )
+
+
 @functools.cache
 def _leading(dtype: torch.dtype, features: str) -> tuple[Callable, Callable]:
     """What only worker 0 does: accept a trip, and draw ahead after it."""
     fill_random = host_kernels(dtype, features).fill_random
 
-    @helper
+    @inlined
     def accept(shared, own, turn):
         """Check what the accelerator asks for, draw the words of a new row order, and
         announce the trip: OK, BAD_REQUEST or NO_RANDOMNESS."""
@@ -161,7 +181,7 @@ def _leading(dtype: torch.dtype, features: str) -> tuple[Callable, Callable]:
         store_release(address(own.control, TURN), turn)
         return OK
 
-    @helper
+    @inlined
     def draw_ahead(own, layer, tokens):
         """Draw the words of a layer's next step, for as many rows as this one had: OK or
         NO_RANDOMNESS."""
@@ -183,40 +203,33 @@ def _chunk_server(dtype: torch.dtype, features: str) -> Callable:
     shuffle, draw_permutation = kernels.encode_rows, kernels.draw_permutation
     encode, decode = kernels.encode_features, kernels.decode_features
 
-    @helper
-    def boxes(shared, trip, begin, end):
-        """Rows [begin, end) of a trip as they come and as they go."""
-        shape, size = (trip.tokens, trip.width), trip.tokens * trip.width
-        inbox, outbox = shared.inbox[:size], shared.outbox[:size]
-        return inbox.reshape(shape)[begin:end], outbox.reshape(shape)[begin:end]
-
-    @helper
+    @inlined
     def wait_for_group(shared, own, trip, order, begin, end):
         """Draw the order of the group of rows [begin, end), and wait for all of them."""
         if order.begin[0] != begin:
             pi, rank = order.pi[: end - begin], order.rank[: end - begin]
             draw_permutation(own.words[trip.layer, begin:end], pi, rank)
             order.begin[0] = begin
-        return wait_for_rows(shared, own, trip, begin, end)
+        chunks = (end + trip.chunk_rows - 1) // trip.chunk_rows
+        return wait_for_rows(shared, own, begin // trip.chunk_rows, chunks, trip.turn)
 
-    @helper
+    @inlined
     def encode_rows(shared, own, trip, order, first, last):
         begin, end = _group_of(first, trip.tokens)
         status = wait_for_group(shared, own, trip, order, begin, end)
         if status == OK:
-            source, target = boxes(shared, trip, begin, end)
+            source, target = trip.source[begin:end], trip.target[begin:end]
             shuffle(source, target, order.pi, first - begin, last - begin)
         return status
 
-    @helper
+    @inlined
     def encode_features(shared, own, trip, order, first, last):
         begin, end = _group_of(first, trip.tokens)
         status = wait_for_group(shared, own, trip, order, begin, end)
         if status == OK:
-            source, target = boxes(shared, trip, begin, end)
             encode(
-                source,
-                target,
+                trip.source[begin:end],
+                trip.target[begin:end],
                 order.rank,
                 shared.positions[begin:end],
                 own.cos_sin,
@@ -228,15 +241,15 @@ def _chunk_server(dtype: torch.dtype, features: str) -> Callable:
             )
         return status
 
-    @helper
-    def decode_features(shared, own, trip, first, last):
-        status = wait_for_rows(shared, own, trip, first, last)
+    @inlined
+    def decode_features(shared, own, trip, chunk, first, last):
+        status = wait_for_rows(shared, own, chunk, chunk + 1, trip.turn)
         if status == OK:
-            source, target = boxes(shared, trip, 0, trip.tokens)
-            decode(source, target, own.decoding_keys[trip.layer], first, last)
+            key = own.decoding_keys[trip.layer]
+            decode(trip.source, trip.target, key, first, last)
         return status
 
-    @helper
+    @inlined
     def serve_chunk(shared, own, trip, order, chunk):
         """Answer a chunk and raise its flag: OK, or why it is not answered."""
         first = chunk * trip.chunk_rows
@@ -246,7 +259,7 @@ def _chunk_server(dtype: torch.dtype, features: str) -> Callable:
         elif trip.kind == ENCODE_FEATURES:
             status = encode_features(shared, own, trip, order, first, last)
         else:
-            status = decode_features(shared, own, trip, first, last)
+            status = decode_features(shared, own, trip, chunk, first, last)
         if status == OK:
             store_release(address(shared.done, FLAG_STRIDE * chunk), trip.turn)
         return status
@@ -267,7 +280,7 @@ def worker_loop(dtype: torch.dtype, features: str) -> Any:
     accept, draw_ahead = _leading(dtype, features)
     serve_chunk = _chunk_server(dtype, features)
 
-    @helper
+    @inlined
     def serve_trips(worker, shared, own):
         control, leads = own.control, worker == 0
         flag = address(shared.ready, 0) if leads else address(control, TURN)
@@ -291,9 +304,7 @@ def worker_loop(dtype: torch.dtype, features: str) -> Any:
             chunk = np.int64(0) if leads else _claim(own, turn)
             if chunk < 0:
                 continue
-            hop, tokens = own.hops[own.trip[TRIP_HOP]], own.trip[TRIP_TOKENS]
-            kind, layer, width = hop[HOP_KIND], hop[HOP_LAYER], hop[HOP_WIDTH]
-            trip = _Trip(turn, kind, layer, width, tokens, _chunk_rows_of(tokens))
+            trip = _read_trip(shared, own, turn)
             order.begin[0], idle[0] = -1, 0
             while chunk >= 0:
                 status = serve_chunk(shared, own, trip, order, chunk)
@@ -303,16 +314,17 @@ def worker_loop(dtype: torch.dtype, features: str) -> Any:
                 store_release(own_served, served)
                 chunk = _claim(own, turn)
             if leads:
-                own.counters[layer, COUNT_TIME] += nanoseconds(moment) - start
+                own.counters[trip.layer, COUNT_TIME] += nanoseconds(moment) - start
                 store_release(address(control, BUSY_SINCE), 0)
-                if kind == DECODE_FEATURES:
+                if trip.kind == DECODE_FEATURES:
                     # Nobody reads this layer's words before they are announced.
-                    status = draw_ahead(own, layer, tokens)
+                    status = draw_ahead(own, trip.layer, trip.tokens)
                     if status != OK:
                         return status
 
     @numba.njit(nogil=True, error_model="numpy")
     def serve(worker, shared, own):
+        shared, own = borrowed(shared, own)
         status = serve_trips(worker, shared, own)
         if status == ENDED:
             status = OK
