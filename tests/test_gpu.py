@@ -16,7 +16,7 @@ import torch
 from scx import codecs
 from scx.devices.host import HostDevice, HostSecureLayer
 from scx.devices.interface import Rank
-from scx.kernels.host.worker import DECODE_FEATURES
+from scx.kernels.host.memory import DECODE_FEATURES
 from scx.keys import RootKey
 from tests import secure_layers
 

@@ -23,12 +23,8 @@ from scx.devices.interface import Rank
 from scx.devices.plain import PlainSecureLayer
 from scx.errors import SCXSecureDeviceError, SCXUnsupportedError
 from scx.kernels.host import worker as host_worker
+from scx.kernels.host.memory import DECODE_FEATURES, ENCODE_FEATURES, ENCODE_ROWS
 from scx.kernels.host.table import host_kernels
-from scx.kernels.host.worker import (
-    DECODE_FEATURES,
-    ENCODE_FEATURES,
-    ENCODE_ROWS,
-)
 from scx.kernels.protocol import (
     FLAG_STRIDE,
     FORSAKEN,
@@ -377,8 +373,8 @@ def test_no_randomness_ends_the_workers(hop, log, monkeypatch):
     def fill_random(words):
         return 1
 
-    def failing(dtype, codec):
-        return host_kernels(dtype, codec)._replace(fill_random=fill_random)
+    def failing(dtype, features):
+        return host_kernels(dtype, features)._replace(fill_random=fill_random)
 
     monkeypatch.setattr(host_worker, "host_kernels", failing)
     monkeypatch.setattr(host_worker, "_leading", host_worker._leading.__wrapped__)

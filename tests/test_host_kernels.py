@@ -2,6 +2,8 @@
 
 import ctypes
 import itertools
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -16,7 +18,8 @@ from scx.codecs import permutation, plain
 from scx.codecs import rows as row_codec
 from scx.codecs.affine import AffineCodec
 from scx.errors import SCXError
-from scx.kernels.host import affine, llvm
+from scx.kernels.host import affine
+from scx.kernels.host import permutation as permutation_kernels
 from scx.kernels.host import rows as row_kernels
 from scx.kernels.host.table import host_kernels
 from scx.keys import RootKey
@@ -40,7 +43,7 @@ def head_shapes(draw):
 
 
 def elements(tensor):
-    """The array that a kernel takes: it shares the tensor's memory."""
+    """The array that a kernel takes. It shares the tensor's memory."""
     halves = tensor.element_size() == 2
     return tensor.view(torch.uint16).numpy() if halves else tensor.numpy()
 
@@ -59,7 +62,7 @@ def poisoned(rows, columns, dtype):
 
 
 def random_rows(rows, columns, dtype):
-    """Values of many magnitudes: in float16 down to subnormal ones."""
+    """Values of many magnitudes, which in float16 include subnormal numbers."""
     values = torch.randn(rows, columns) * torch.exp2(torch.randint(-30, 8, (rows, 1)))
     return values.to(dtype)
 
@@ -69,7 +72,7 @@ def random_key(kv_heads, head_dim):
 
 
 def random_shuffle(rows):
-    """pi and rank as the codec and as the kernels take them."""
+    """pi as the codec takes it, then pi and its rank as the kernels take them."""
     pi = torch.randperm(rows)
     return pi, pi.int().numpy(), pi.argsort().int().numpy()
 
@@ -80,9 +83,9 @@ def random_angles(rotary_dim):
 
 
 def in_pieces(kernel, result, *arguments):
-    """Call `kernel` on ranges that make up all rows: an empty one, and three more.
+    """Call `kernel` on four ranges that make up all rows, the first of them empty.
 
-    The rows that a call should not write yet must stay as they are.
+    Each call must leave the rows of later ranges as they are.
     """
     rows = len(result)
     first = 0
@@ -157,10 +160,10 @@ def test_decode_features_is_the_codecs(dtype, rows, shape, seed):
 
 
 def rounding(heads, maps, expected):
-    """What two sums of D products in float32, each rounded once more, can differ by.
+    """The most by which two float32 sums of D products, each rounded once, can differ.
 
-    A sum of D terms is off by less than D * 2^-24 of the sum of their magnitudes, in
-    any order (N. Higham, Accuracy and Stability of Numerical Algorithms, section 4.2).
+    In any order, a sum of D terms is off by less than D * 2^-24 of the sum of their
+    magnitudes (N. Higham, Accuracy and Stability of Numerical Algorithms, section 4.2).
     """
     kv_heads, head_dim = len(maps), maps.shape[-1]
     vectors = heads.double().unflatten(-1, (kv_heads, -1, head_dim)).abs()
@@ -224,8 +227,8 @@ def test_affine_features_are_the_codecs(dtype, rows, shape, fraction, is_neox, s
 
 @pytest.mark.parametrize("lanes", [16, 32])
 def test_panels_of_any_width_of_register(lanes, monkeypatch):
-    """Both widths run on any machine: LLVM splits what its registers do not hold."""
-    monkeypatch.setattr(llvm, "lanes", lambda: lanes)
+    """Both widths run on any machine: LLVM splits vectors that no register holds."""
+    monkeypatch.setattr(affine, "panel_lanes", lambda: lanes)
     depth, head_dim = 80, 80
     features = AffineCodec.derive(RootKey.draw(), 0, range(2), head_dim)
     _, decoding = features.tables
@@ -244,7 +247,7 @@ def test_panels_of_any_width_of_register(lanes, monkeypatch):
 @pytest.mark.parametrize("is_neox", [True, False])
 @each_dtype
 def test_nan_and_infinity_stay(dtype, is_neox):
-    """Every kind of NaN of a bfloat16 or float16, and overflow in the rotation."""
+    """Every NaN of a bfloat16 or float16, and overflow in the rotation."""
     head_dim, rotary_dim = 64, 32
     torch.manual_seed(0)
     if dtype.itemsize == 2:
@@ -276,7 +279,7 @@ def test_nan_and_infinity_stay(dtype, is_neox):
 @pytest.mark.parametrize("position", [-(2**63), -1, 9, 10, 2**32, 2**63 - 1])
 @pytest.mark.parametrize("codec_name", ["permutation", "affine"])
 def test_nothing_beyond_the_table_of_angles_is_read(codec_name, position):
-    """Positions come from the accelerator, and what lies around the table is secret."""
+    """Positions come from the accelerator, and memory around the table is secret."""
     head_dim, secret = 64, 1234.0
     memory = torch.full((30, head_dim), secret)
     memory[10:19] = torch.randn(9, head_dim)
@@ -342,8 +345,8 @@ def test_draw_permutation_is_fisher_yates(words):
 def test_draw_permutation_is_uniform_over_four_rows():
     """24 orders, 1000 times each: chi square with 23 degrees of freedom.
 
-    By Chernoff's bound, (x / k * exp(1 - x / k)) ** (k / 2), it exceeds 100
-    with a chance below 1e-9.
+    By Chernoff's bound, (x / k * exp(1 - x / k)) ** (k / 2), it exceeds 100 with a
+    probability below 1e-9.
     """
     expected = 1000
     words = np.empty((24 * expected, 4), np.uint64)
@@ -356,7 +359,7 @@ def test_draw_permutation_is_uniform_over_four_rows():
 
 @pytest.mark.parametrize("size", [0, 1, 3, 1000])
 def test_fill_random_fills(size):
-    """A word stays 0, or comes twice, with a chance below 1e-12."""
+    """A word is 0, or comes twice, with a probability below 1e-12."""
     buffer = np.zeros(size + 1, np.uint64)
     fills = []
     for _ in range(2):
@@ -368,7 +371,7 @@ def test_fill_random_fills(size):
 
 
 def getrandom_that(answer):
-    """A stand-in for libc's: `answer` says for a size what to return, and so to fill."""
+    """A stand-in for libc's: answer(size) is how many bytes it fills and returns."""
     getrandom = row_kernels.libc_getrandom()
     answer = numba.njit(answer)
 
@@ -404,3 +407,27 @@ def test_without_getrandom_the_kernels_are_refused(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     with pytest.raises(SCXError, match="getrandom"):
         host_kernels.__wrapped__(torch.bfloat16, "permutation")
+
+
+def test_a_third_codec_brings_a_module_of_kernels(monkeypatch):
+    """A codec names its module, and nothing else here knows the codecs."""
+
+    class Third:
+        encode_features_kernel = staticmethod(permutation_kernels.encode_features_kernel)
+        decode_features_kernel = staticmethod(affine.decode_features_kernel)
+        pack = staticmethod(affine.pack)
+
+    monkeypatch.setitem(sys.modules, "scx.kernels.host.third", Third)
+    kernels = host_kernels.__wrapped__(torch.float32, "third")
+    ours = kernels.encode_features, kernels.decode_features, kernels.pack
+    expected = (
+        host_kernels(torch.float32, "permutation").encode_features,
+        host_kernels(torch.float32, "affine").decode_features,
+        affine.pack,
+    )
+    assert ours == expected
+
+
+def test_the_numbers_of_the_protocol_load_no_torch():
+    code = "import sys, scx.kernels.protocol; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0  # noqa: S603

@@ -21,8 +21,7 @@ from scx.codecs.interface import FeatureCodec
 from scx.devices.interface import HeadNorm, Rank, SecureLayer, Traffic, qkv_sizes
 from scx.errors import SCXSecureDeviceError
 from scx.kernels.host import worker as host_worker
-from scx.kernels.host.table import host_kernels
-from scx.kernels.host.worker import (
+from scx.kernels.host.memory import (
     BAD_REQUEST,
     BUSY_HOP,
     BUSY_SINCE,
@@ -38,7 +37,9 @@ from scx.kernels.host.worker import (
     Private,
     Shared,
 )
-from scx.kernels.protocol import FLAG_STRIDE, Mailbox, require_within_limits
+from scx.kernels.host.table import host_kernels
+from scx.kernels.mailbox import Mailbox
+from scx.kernels.protocol import FLAG_STRIDE, require_within_limits
 
 CLOSING_SECONDS = 10.0
 """How long closing a HostDevice waits for its workers at most."""

@@ -1,1 +1,1 @@
-"""Fused forms of `scx.codecs`, of equal results, for the host and the accelerator."""
+"""Fused forms of `scx.codecs` with equal results, for the host and the accelerator."""

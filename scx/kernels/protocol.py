@@ -1,17 +1,15 @@
-"""What the two halves of a trip to the host agree on.
+"""The numbers that the two halves of a trip to the host agree on.
 
-The accelerator numbers its trips: 1, 2, 3. The turn is a signed 64-bit word, which
-trips of a microsecond each fill in 292,000 years. It raises a chunk's `ready` flag
-to the turn in which it sent the chunk, and the host raises `done` to the turn in
-which it answered. `request` says which hop of which layer the trip is, and for how
-many rows; it is written before the flag of the first chunk, which begins the trip.
-Nothing else is told: how rows are cut into chunks and groups follows from their
-number.
+The accelerator numbers its trips: 1, 2, 3. This turn is a signed 64-bit word, which
+would last 292,000 years at one trip per microsecond. The accelerator raises a chunk's
+`ready` flag to the turn in which it sent the chunk, and the host raises `done` to the
+turn in which it answered. `request` says which hop of which layer the trip is, and for
+how many rows. It is written before the flag of the first chunk, which begins the trip.
+Nothing else needs to be said: the number of rows decides how they are cut into chunks
+and groups.
+
+The memory itself is in `scx.kernels.mailbox`; this module does not load torch.
 """
-
-from dataclasses import dataclass
-
-import torch
 
 from scx.errors import SCXUnsupportedError
 
@@ -24,22 +22,22 @@ CHUNKS = 32
 FLAG_BYTES = 64
 FLAG_STRIDE = FLAG_BYTES // 8
 
-# Rows are shuffled within groups of about so many: three quarters to one and a half of
-# it in a step of several groups.
+# Rows are shuffled within groups of about this many. In a step of several groups, each
+# has three quarters to one and a half times as many.
 GROUP_ROWS = 2048
 
 # `request` holds the hop above these bits and the number of rows in them.
 ROWS_BITS = 32
 LIMIT = 1 << 31
-"""Rows of a step, and hops, must stay below this: kernels count them in 32 bits."""
+"""Rows per step, and hops, must stay below this: kernels count them in 32 bits."""
 
 FORSAKEN = -1
-"""The value of every `done` flag once the host answers no more, whatever the reason."""
+"""The value of every `done` flag once the host has stopped answering, for any reason."""
 
 
 def chunk_rows_of(num_tokens: int) -> int:
-    """Rows per chunk, a power of two. Many small chunks keep both directions of the bus
-    and all cores at work; beyond MAX_CHUNK_ROWS that gains nothing more."""
+    """Rows per chunk, a power of two. Many small chunks keep all cores and both
+    directions of the bus busy. Chunks above MAX_CHUNK_ROWS would gain nothing."""
     rows = 1
     while 2 * rows <= min(MAX_CHUNK_ROWS, num_tokens // CHUNKS):
         rows *= 2
@@ -47,10 +45,10 @@ def chunk_rows_of(num_tokens: int) -> int:
 
 
 def group_of(row: int, num_tokens: int) -> tuple[int, int]:
-    """The first row of the group that `row` is shuffled in, and the row after its last.
+    """The first row of the group in which `row` is shuffled, and the row after its last.
 
-    Groups are whole chunks, and of one size but for a chunk: what was left over would
-    make a group so small that its order hides nothing.
+    A group is whole chunks, and sizes differ by at most one chunk. A short last group
+    would have an order that hides nothing.
     """
     groups = max((num_tokens + GROUP_ROWS // 2) // GROUP_ROWS, 1)
     chunks = (num_tokens + MAX_CHUNK_ROWS - 1) // MAX_CHUNK_ROWS
@@ -60,7 +58,7 @@ def group_of(row: int, num_tokens: int) -> tuple[int, int]:
 
 
 def require_within_limits(max_tokens: int, hops: int) -> None:
-    """Raise SCXUnsupportedError for more rows per step, or hops, than can be told."""
+    """Raise SCXUnsupportedError for more rows per step, or hops, than can be counted."""
     if max_tokens >= LIMIT:
         raise SCXUnsupportedError(
             f"max_num_batched_tokens={max_tokens}: with the host as secure device a step "
@@ -71,45 +69,3 @@ def require_within_limits(max_tokens: int, hops: int) -> None:
             f"{hops} hops per step: with the host as secure device there are fewer than "
             f"{LIMIT}, so encode fewer layers"
         )
-
-
-@dataclass(frozen=True)
-class Mailbox:
-    """Pinned memory that both sides map. The accelerator can write it at any time."""
-
-    inbox: torch.Tensor
-    """Rows from the accelerator, flat."""
-    outbox: torch.Tensor
-    """Rows for the accelerator, flat."""
-    positions: torch.Tensor
-    """int64, one per token."""
-    ready: torch.Tensor
-    """int64, a cache line per chunk: the turn in which it was sent."""
-    done: torch.Tensor
-    """int64, a cache line per chunk: the turn in which it was answered, or FORSAKEN."""
-    request: torch.Tensor
-    """int64 (1,): the hop, shifted by ROWS_BITS, and the rows of that turn."""
-
-    @classmethod
-    def allocate(cls, max_tokens: int, max_width: int, dtype: torch.dtype) -> "Mailbox":
-        """For steps of `max_tokens` rows of `max_width` elements; flags start at 0."""
-        chunks = max_tokens // MAX_CHUNK_ROWS + 2 * CHUNKS
-
-        def zeros(count: int, kind: torch.dtype) -> torch.Tensor:
-            # vLLM builds models under a default device, so the host is named here.
-            pinned = torch.cuda.is_available()
-            return torch.zeros(count, dtype=kind, device="cpu", pin_memory=pinned)
-
-        return cls(
-            inbox=zeros(max_tokens * max_width, dtype),
-            outbox=zeros(max_tokens * max_width, dtype),
-            positions=zeros(max_tokens, torch.int64),
-            ready=zeros(chunks * FLAG_STRIDE, torch.int64),
-            done=zeros(chunks * FLAG_STRIDE, torch.int64),
-            request=zeros(1, torch.int64),
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all the pinned memory."""
-        return sum(tensor.nbytes for tensor in vars(self).values())

@@ -1,1 +1,1 @@
-"""Kernels of the accelerator, in Triton."""
+"""Kernels for the accelerator, in Triton."""

@@ -1,16 +1,16 @@
 """The accelerator's half of a trip to the host and back, as one Triton kernel.
 
-A step of an encoded layer that waited for Python would stop vLLM's CUDA graphs.
-This kernel waits for nobody but a host thread: it writes its rows to pinned
-memory that both sides map, raises a flag there, polls another flag, and reads
-the rows that the host wrote. It is a kernel like any other to a stream and to a
-captured graph, and each replay sends what is in its buffers then.
+CUDA graphs rule out a step that waits for Python. This kernel waits only for the host's
+threads (`scx.kernels.host.worker`): it writes rows to pinned memory that both sides map,
+raises a flag there, polls another flag, and reads the rows that the host wrote. To a
+stream or a captured graph it is a kernel like any other, and each replay sends what its
+buffers hold at that moment.
 
-The rows are cut into chunks. Half of the programs send them, in order, half
-receive them, so rows of one chunk leave while those of another arrive. Programs
-are few: all chunks at once would arrive at the host at once, at the end. All
-memory that is shared with the host is written before a release store and read
-after an acquire load, both of system scope.
+The rows are cut into chunks. Half of the programs send chunks in order and half receive
+them, so that some rows leave while others arrive. There are few programs: if all chunks
+were sent at once, all would reach the host at once, at the end. Memory shared with the
+host is written before a release store and read after an acquire load, both of system
+scope.
 """
 
 from typing import Any
@@ -19,18 +19,18 @@ import torch
 import triton
 import triton.language as tl
 
+from scx.kernels.mailbox import Mailbox
 from scx.kernels.protocol import (
     FLAG_STRIDE,
     FORSAKEN,
     MAX_CHUNK_ROWS,
     ROWS_BITS,
-    Mailbox,
     chunk_rows_of,
 )
 
-# A host that has not answered by then is gone, without a word: the kernel traps, which
-# vLLM reports as a CUDA error. Each poll is a read across the bus, about 1 us. A host
-# that ends in order says so, and no trip waits for it (FORSAKEN).
+# After this many polls the host has died without a word, and the kernel traps, which vLLM
+# reports as a CUDA error. Each poll is a read across the bus, about 1 us. A host that
+# stops in order raises its flags to FORSAKEN, and no trip waits for it.
 POLLS = 30_000_000
 
 _FLAG_STRIDE = tl.constexpr(FLAG_STRIDE)
@@ -39,13 +39,14 @@ _FORSAKEN = tl.constexpr(FORSAKEN)
 _BLOCK = tl.constexpr(8192)
 _CHUNK_ROWS = tl.constexpr(MAX_CHUNK_ROWS)
 _WARPS = 8
-# Programs that send; as many receive.
+# The most programs that send. As many receive.
 _LANES = 32
 
 
 @triton.jit
 def _raise_flag(pointer, value):
-    """Release `value` to the system, by one thread: each such store waits for the bus."""
+    """Release `value` to the system, from one thread, as each such store waits for the
+    bus."""
     tl.debug_barrier()
     tl.inline_asm_elementwise(
         """{
@@ -66,8 +67,8 @@ def _raise_flag(pointer, value):
 
 @triton.jit
 def _await_flag(pointer, value, limit):
-    """Acquire `value` from the system, by one thread. Trap if it is FORSAKEN instead, or
-    after `limit` polls."""
+    """Poll until `value` is acquired from the system, in one thread. Trap if FORSAKEN
+    comes instead, or after `limit` polls."""
     tl.inline_asm_elementwise(
         """{
         .reg .pred other, seen, late, forsaken;
@@ -146,11 +147,11 @@ def _exchange(
             for start in range(first * WIDTH, last * WIDTH, _BLOCK):
                 column = start + tl.arange(0, _BLOCK)
                 inside = column < last * WIDTH
-                # Past the caches: the host wrote this while the kernel ran.
+                # Bypass the caches: the host wrote this while the kernel ran.
                 rows = tl.load(outbox + column, inside, cache_modifier=".cv")
                 tl.store(target + column, rows, inside)
     tl.debug_barrier()
-    # The last program to arrive takes the turn; the next kernel starts after it.
+    # The last program to arrive advances the turn, before the next kernel starts.
     if tl.atomic_add(arrivals, 1) == 2 * lanes - 1:
         tl.store(arrivals, 0)
         tl.store(sequence, turn)
@@ -167,10 +168,11 @@ def exchange(
 ) -> None:
     """Send the rows of `source` (T, W) to the host and receive `target` (T, W).
 
-    `source` and `target` are contiguous on the accelerator, `positions` int64 (T,)
-    or None, `mailbox` is of the rows' type. `sequence` int64 (1,) and `arrivals`
-    int32 (1,) are the accelerator's and start at 0. `hop` names the trip to the
-    host. Runs on the current stream.
+    Both must be contiguous, of the mailbox's dtype, and on the accelerator, as is
+    `positions`, int64 (T,) or None. They are addressed without strides, and nothing is
+    checked. `target` may be any memory that does not overlap `source`. `sequence`, int64
+    (1,), and `arrivals`, int32 (1,), belong to the accelerator and start at 0. `hop` is
+    the index of the trip in the host's table. Runs on the current stream, asynchronously.
     """
     num_tokens, width = source.shape
     if num_tokens == 0:

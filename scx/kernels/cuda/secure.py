@@ -1,15 +1,16 @@
 """Fused forms of `scx.codecs` for an accelerator that is itself the secure device.
 
-Four Triton kernels a step, none of which waits for the host: random words, rows
-in a fresh order, rotated and encoded features, decoded features. A captured
-graph replays them, and each replay draws another order: the words are the
-keystream of ChaCha20 (RFC 8439) under a key from the operating system, with a
-step counter in the accelerator's memory as its nonce.
+Four Triton kernels per step draw random words, put rows in a fresh order, rotate and
+encode features, and decode features. None waits for the host. They can be captured in a
+graph, and each replay draws a new order: the words are the keystream of ChaCha20 (RFC
+8439) under a key from the operating system, with a step counter in the accelerator's
+memory as its nonce.
 
-The codec is their specification, and results are equal to its bit for bit:
-float32 arithmetic in the same order, without fused multiply-adds.
+The codec is their specification, and results equal its results bit for bit: float32
+arithmetic in the same order, without fused multiply-adds.
 
-Letters: those of the codec, H columns of hidden_states, R features that turn.
+Letters are those of the codec; H is the number of columns of hidden_states, R the number
+of features of a head that rotate.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 
 _WORDS = tl.constexpr(256)
-"""Random words that a program draws, or compares with at once."""
+"""Random words that a program draws, or compares, at once."""
 _COLUMNS = tl.constexpr(1024)
 _WARPS = 4
 _MAX_BLOCK_ROWS = 16
@@ -50,9 +51,9 @@ def _key_word(key, index, like):
 
 @triton.jit
 def _chacha20(key, nonce, block):
-    """The first 64 bits of the keystream's blocks `block`, uint32, as int64.
+    """The first 64 bits of each block in `block`, uint32, of the keystream, as int64.
 
-    `key` points to eight int32, `nonce` is an int64: the nonce's first two words.
+    `key` points to eight int32. `nonce`, an int64, is the nonce's first two words.
     """
     zero = tl.zeros_like(block)
     x0, x1 = zero + 0x61707865, zero + 0x3320646E
@@ -104,7 +105,7 @@ def _encode_rows(
         other = start + tl.arange(0, _WORDS)
         inside = (other < num_tokens)[None, :]
         word = tl.load(words + other, other < num_tokens)[None, :]
-        # Equal words, if ever, keep the order of their rows.
+        # Equal words, if they ever occur, keep the order of their rows.
         less = (word < own) | ((word == own) & (other[None, :] < row[:, None]))
         place += tl.sum((less & inside).to(tl.int64), 1)
     tl.store(rank + row, place, row < num_tokens)
@@ -115,7 +116,7 @@ def _encode_rows(
         moved = tl.load(source + row * WIDTH + column, inside)
         tl.store(target + place[:, None] * WIDTH + column, moved, inside)
     if tl.program_id(0) == 0:
-        # The kernel that read the step has ended, and the next one has not begun.
+        # The kernel that reads the step has ended, and the next one has not begun.
         tl.store(counters, tl.load(counters) + 1)
         tl.store(counters + 1, tl.load(counters + 1) + num_tokens)
 
@@ -197,11 +198,11 @@ def _decode_features(
 
 
 def draw_words(key: torch.Tensor, step: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Random words of one step: int64 (num_tokens,).
+    """The random words of one step: int64 (num_tokens,).
 
-    Word i is the first eight bytes, little-endian, of ChaCha20's block i under
-    `key`, int32 (8,), with the nonce `step`, whose first element, int64, must
-    never be the same twice under a key.
+    Word i is the first eight bytes, little-endian, of ChaCha20's block i under `key`,
+    int32 (8,). The nonce is the first element of `step`, int64, which must never repeat
+    under one key.
     """
     words = torch.empty(num_tokens, dtype=torch.int64, device=key.device)
     launch: Any = _draw_words[(triton.cdiv(num_tokens, _WORDS.value),)]
@@ -212,10 +213,10 @@ def draw_words(key: torch.Tensor, step: torch.Tensor, num_tokens: int) -> torch.
 def encode_rows(
     hidden_states: torch.Tensor, words: torch.Tensor, counters: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`codec.embeddings_pi_left` of contiguous `hidden_states` (T, H), and its inverse.
+    """The rows of contiguous `hidden_states` (T, H) in the order pi, and pi's inverse.
 
-    pi sorts `words`, int64 (T,). The second result is pi's inverse, int64 (T,).
-    Adds 1 and T to `counters`, int64 (2,).
+    pi sorts `words`, int64 (T,). Its inverse is int64 (T,). Adds 1 and T to `counters`,
+    int64 (2,).
     """
     num_tokens, width = hidden_states.shape
     rows, rank = torch.empty_like(hidden_states), torch.empty_like(words)
@@ -244,11 +245,11 @@ def encode_features(
     num_heads: int,
     is_neox_style: bool,
 ) -> torch.Tensor:
-    """Decoded rows, rotated and with permuted features: (T, (N + 2M) x D).
+    """Rows in their own order, with rotated and permuted features: (T, (N + 2M) x D).
 
-    `qkv` is contiguous, of that shape and in the order of `encode_rows`, whose
-    second result is `rank`. `positions` int64 (T,), `cos_sin_cache`
-    (max_position, R) and `key` int64 (M, D) are as in the codec.
+    `qkv` is contiguous, has that shape, and is in the order of `encode_rows`, whose
+    second result is `rank`. `positions` int64 (T,), `cos_sin_cache` (max_position, R) and
+    `key` int64 (M, D) are as in the codec.
     """
     target = torch.empty_like(qkv)
     kv_heads, head_dim = key.shape
@@ -280,9 +281,9 @@ def encode_features(
 def decode_features(
     attention: torch.Tensor, inverse_key: torch.Tensor, output: torch.Tensor
 ) -> None:
-    """`codec.decode_features` of `attention` (T, N x D), written to `output`.
+    """Write `attention` (T, N x D) with its features in their own order to `output`.
 
-    Both are contiguous; `inverse_key` int64 (M, D) is the key's argsort.
+    Both are contiguous. `inverse_key`, int64 (M, D), is the key's argsort.
     """
     kv_heads, head_dim = inverse_key.shape
     num_heads = attention.shape[-1] // head_dim
@@ -303,6 +304,6 @@ def decode_features(
 
 
 def _block_rows(num_tokens: int) -> int:
-    """Rows a program: one in a decode batch, so that it spreads over the accelerator."""
+    """Rows per program: one in a decode batch, to spread it over the accelerator."""
     wanted = triton.next_power_of_2(max(1, triton.cdiv(num_tokens, 64)))
     return min(_MAX_BLOCK_ROWS, wanted)

@@ -1,1 +1,1 @@
-"""Kernels of the host, compiled by numba."""
+"""Kernels for the host, compiled by numba."""

@@ -1,8 +1,8 @@
-"""The affine codec of features on the cores of the host.
+"""The affine codec's features on the host's cores.
 
-Some rows at a time are put in their order, rotated and rounded as the codec does
-it; then all their heads that share a map are multiplied by it together. Sums are
-float32, in another order than torch's, so results are the codec's up to rounding.
+A few rows at a time are put in order, rotated, and rounded as the codec rounds them.
+Then all their heads that share a map are multiplied by it together. Sums are float32
+but not in torch's order, so results equal the codec's up to rounding.
 """
 
 import functools
@@ -10,25 +10,26 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numba import boolean, float32, int32, int64, intp, void
 
-from scx.kernels.host import llvm
-from scx.kernels.host.compiled import element_of, helper, kernel
+from scx.kernels.host.compiled import array, element_of, helper, kernel
+from scx.kernels.host.llvm import VECTORS, conversions, panel_function, panel_lanes
 from scx.kernels.host.rotary import angles_at, rotate_heads
 from scx.kernels.host.rows import prefetch_row
 
-KEY = "float32[:, :, :, ::1]"
-"""numba's type of a layer's maps: (maps, column blocks, D + 1, lanes)."""
-
+# A layer's maps: (maps, column blocks, D + 1, lanes).
+_MAPS = array(float32, 4)
+# Rows at a time, so that a map is read from the cache once for all of them.
 _ROWS = 8
-"""Rows at a time: a map is read from the cache once for all of them."""
 
 
 def pack(maps: torch.Tensor) -> np.ndarray:
-    """`maps` float32 (..., maps, D + 1, D), an offset below each, as the kernels take it.
+    """Maps, each above its offset, as the kernels take them.
 
-    Columns are padded to whole blocks, which then lie one after another.
+    float32 (..., maps, D + 1, D) becomes (..., maps, column blocks, D + 1, lanes), padded
+    to whole blocks.
     """
-    lanes = llvm.lanes()
+    lanes = panel_lanes()
     padded = torch.nn.functional.pad(maps, (0, -maps.shape[-1] % lanes))
     blocks = padded.unflatten(-1, (-1, lanes)).transpose(-2, -3)
     return blocks.contiguous().numpy()
@@ -36,18 +37,16 @@ def pack(maps: torch.Tensor) -> np.ndarray:
 
 @functools.cache
 def encode_features_kernel(dtype: torch.dtype) -> Callable:
-    element = element_of(dtype)
+    rows, rank, positions = array(element_of(dtype), 2), array(int32, 1), array(int64, 1)
+    cos_sin = array(float32, 2)
     rotate, map_heads = rotate_heads(dtype), _map_heads(dtype)
 
-    @kernel(
-        f"void({element}[:, ::1], {element}[:, ::1], int32[::1], int64[::1], "
-        f"float32[:, ::1], {KEY}, intp, boolean, intp, intp)"
-    )
+    @kernel(void(rows, rows, rank, positions, cos_sin, _MAPS, intp, boolean, intp, intp))
     def encode_features(
         src, dst, rank, positions, cos_sin, maps, num_heads, is_neox_style, first, last
     ):
-        """As that of `scx.kernels.host.permutation`, but for the key: 3M maps, packed, of
-        queries, keys and values."""
+        """Like `permutation.encode_features`, with 3M packed maps as its key: those of
+        queries, then keys, then values."""
         kv_heads, head_dim = maps.shape[0] // 3, maps.shape[2] - 1
         queries = num_heads * head_dim
         turning = queries + kv_heads * head_dim
@@ -71,12 +70,11 @@ def encode_features_kernel(dtype: torch.dtype) -> Callable:
 
 @functools.cache
 def decode_features_kernel(dtype: torch.dtype) -> Callable:
-    element = element_of(dtype)
-    map_heads = _map_heads(dtype)
+    rows, map_heads = array(element_of(dtype), 2), _map_heads(dtype)
 
-    @kernel(f"void({element}[:, ::1], {element}[:, ::1], {KEY}, intp, intp)")
+    @kernel(void(rows, rows, _MAPS, intp, intp))
     def decode_features(src, dst, maps, first, last):
-        """As that of `scx.kernels.host.permutation`, but for the key: M maps, packed."""
+        """Like `permutation.decode_features`, with M packed maps as its key."""
         for begin in range(first, last, _ROWS):
             end = min(begin + _ROWS, last)
             map_heads(src[begin:end], dst[begin:end], 0, dst.shape[1], maps)
@@ -86,9 +84,8 @@ def decode_features_kernel(dtype: torch.dtype) -> Callable:
 
 @functools.cache
 def _map_heads(dtype: torch.dtype) -> Callable:
-    widen, narrow = llvm.converters(dtype)
-    multiply = llvm.panel_function(llvm.lanes())
-    vectors = llvm.VECTORS
+    widen, narrow = conversions(dtype)
+    multiply = panel_function(panel_lanes())
 
     @helper
     def map_heads(src, dst, first, last, maps):
@@ -97,8 +94,8 @@ def _map_heads(dtype: torch.dtype) -> Callable:
         head_dim, width = rows_of_map - 1, blocks * lanes
         group = (last - first) // (kv_heads * head_dim)
         count = len(src) * group
-        # Vectors beyond the last are multiplied too, and left where they are.
-        room = (count + vectors - 1) // vectors * vectors
+        # The last call multiplies vectors beyond `count` too; nobody reads those.
+        room = (count + VECTORS - 1) // VECTORS * VECTORS
         heads = np.zeros((room, head_dim), np.float32)
         mapped = np.empty((room, width), np.float32)
         for m in range(kv_heads):
@@ -110,7 +107,7 @@ def _map_heads(dtype: torch.dtype) -> Callable:
                     vector[d] = widen(head[d])
             for block in range(blocks):
                 matrix = maps[m, block].ctypes.data
-                for n in range(0, count, vectors):
+                for n in range(0, count, VECTORS):
                     multiply(
                         heads[n].ctypes.data,
                         matrix,

@@ -1,33 +1,41 @@
-"""What the host's compiled functions are made with and of."""
+"""How the host's functions are compiled, and the types that they share."""
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import torch
+from numba import types
 
-from scx.kernels.host.llvm import relax
-
-helper = numba.njit(
-    nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+_internal = functools.partial(
+    numba.njit,
+    nogil=True,
+    error_model="numpy",
+    no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
 )
-"""For a function that only compiled code calls."""
-
-# About 40 ns each. After so many a waiting thread lets others have its core now and
-# then, as there may be more threads than cores.
-_SPINS_ALONE = 250
-_SPINS_PER_YIELD = 25
-
-
-def kernel(types: str) -> Callable:
-    """Like `numba.njit`, but compiles at once: no step waits for it."""
-    return numba.njit(types, nogil=True, error_model="numpy")
+helper = _internal()
+"""Decorates a function that only compiled code calls."""
+inlined = _internal(forceinline=True)
+"""Like `helper`, but always inlined. The worker's functions pass tuples of many arrays to
+each other, and copying those would take longer than the work of a short trip."""
 
 
-def element_of(dtype: torch.dtype) -> str:
-    """numba's name of an element."""
-    return "float32" if dtype == torch.float32 else "uint16"
+def kernel(signature: Any) -> Callable:
+    """Like `numba.njit`, but compiles at once, so that no step waits for it."""
+    return numba.njit(signature, nogil=True, error_model="numpy")
+
+
+def element_of(dtype: torch.dtype) -> types.Type:
+    """numba's type of an element."""
+    return types.float32 if dtype == torch.float32 else types.uint16
+
+
+def array(element: types.Type, dimensions: int) -> types.Array:
+    """numba's type of a C-contiguous array."""
+    return types.Array(element, dimensions, "C")
 
 
 def libc(name: str, *arguments: Any) -> Callable:
@@ -36,14 +44,3 @@ def libc(name: str, *arguments: Any) -> Callable:
     function.argtypes = arguments
     function.restype = ctypes.c_int
     return function
-
-
-_sched_yield = libc("sched_yield")
-
-
-@helper
-def spin(count):
-    """Wait for a moment, the `count`-th in a row."""
-    relax()
-    if count > _SPINS_ALONE and count % _SPINS_PER_YIELD == 0:
-        _sched_yield()

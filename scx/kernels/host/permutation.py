@@ -1,7 +1,7 @@
-"""The permutation codec of features on the cores of the host.
+"""The permutation codec's features on the host's cores.
 
-Features are rotated, permuted and put in their rows' order in one pass over
-memory. Results are equal to the codec's bit for bit.
+One pass over memory rotates and permutes features and puts their rows in order. Results
+equal the codec's bit for bit.
 """
 
 import functools
@@ -9,40 +9,38 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numba import boolean, float32, int32, int64, intp, uint16, void
 
-from scx.kernels.host import llvm
-from scx.kernels.host.compiled import element_of, helper, kernel
+from scx.kernels.host.compiled import array, element_of, helper, kernel
+from scx.kernels.host.llvm import has_head_function, head_function
 from scx.kernels.host.rotary import angles_at, rotate_heads
 from scx.kernels.host.rows import prefetch_row
 
-KEY = "uint16[:, ::1]"
-"""numba's type of a layer's key: the feature of a head that each one comes from."""
+# A layer's key (M, D): which feature of its head each feature comes from.
+_KEY = array(uint16, 2)
 
 
 def pack(key: torch.Tensor) -> np.ndarray:
-    """`key` int64 (..., M, D) as the kernels take it."""
+    """A key as the kernels take it: int64 (..., M, D) becomes uint16."""
     return key.to(torch.uint16).contiguous().numpy()
 
 
 @functools.cache
 def encode_features_kernel(dtype: torch.dtype) -> Callable:
-    element = element_of(dtype)
+    rows, rank, positions = array(element_of(dtype), 2), array(int32, 1), array(int64, 1)
+    cos_sin = array(float32, 2)
     permute_heads, turn_heads = _permute_heads(dtype), _turn_heads(dtype)
 
-    @kernel(
-        f"void({element}[:, ::1], {element}[:, ::1], int32[::1], int64[::1], "
-        f"float32[:, ::1], {KEY}, intp, boolean, intp, intp)"
-    )
+    @kernel(void(rows, rows, rank, positions, cos_sin, _KEY, intp, boolean, intp, intp))
     def encode_features(
         src, dst, rank, positions, cos_sin, key, num_heads, is_neox_style, first, last
     ):
         """Rotate and permute the features of rows that `encode_rows` has shuffled.
 
-        Row j of `dst` comes from row rank[j] of `src`, where `rank`, int32 (T,),
-        is the inverse of the shuffle. Both are (T, (N + 2M) x D): queries, keys,
-        values. Queries and keys turn to positions[j], int64 (T,), by `cos_sin`,
-        float32 (max_position, R): cosines, then sines. Feature d of the result
-        is the rotated feature key[m, d] of its head, with `key` uint16 (M, D).
+        Row j of `dst` comes from row rank[j] of `src`; `rank` (T,) is the inverse of
+        the shuffle. Both are (T, (N + 2M) x D): queries, keys, values. Queries and
+        keys are rotated to positions[j] by `cos_sin` (max_position, R): cosines, then
+        sines. Feature d of a head is then its rotated feature key[m, d].
         """
         kv_heads, head_dim = key.shape
         queries = num_heads * head_dim
@@ -71,14 +69,13 @@ def encode_features_kernel(dtype: torch.dtype) -> Callable:
 
 @functools.cache
 def decode_features_kernel(dtype: torch.dtype) -> Callable:
-    element = element_of(dtype)
-    permute_heads = _permute_heads(dtype)
+    rows, permute_heads = array(element_of(dtype), 2), _permute_heads(dtype)
 
-    @kernel(f"void({element}[:, ::1], {element}[:, ::1], {KEY}, intp, intp)")
+    @kernel(void(rows, rows, _KEY, intp, intp))
     def decode_features(src, dst, inverse_key, first, last):
         """Feature d of a head in `dst` becomes its feature inverse_key[m, d] in `src`.
 
-        `src` and `dst` are (T, N x D), `inverse_key` is uint16 (M, D).
+        Both are (T, N x D).
         """
         for j in range(first, last):
             permute_heads(src[j], dst[j], inverse_key)
@@ -86,18 +83,18 @@ def decode_features_kernel(dtype: torch.dtype) -> Callable:
     return decode_features
 
 
-def _has_registers(dtype: torch.dtype) -> bool:
-    """Whether `llvm.head_function` can be used for some sizes of a head."""
-    return dtype != torch.float32 and llvm.has_head_function()
+def _in_registers(dtype: torch.dtype) -> bool:
+    """Whether heads of 64 or 128 features are held in AVX-512 registers."""
+    return dtype != torch.float32 and has_head_function()
 
 
 @functools.cache
 def _heads_in_registers(head_dim: int, rotated: torch.dtype | None) -> Callable:
-    one_head = llvm.head_function(head_dim, rotated)
+    one_head = head_function(head_dim, rotated)
 
     @helper
     def heads_in_registers(src, dst, key, cos_sin):
-        """The function for each of one row's heads."""
+        """`head_function` for every head of one row."""
         kv_heads = key.shape[0]
         group, size = dst.size // key.size, 2 * head_dim
         source, target = src.ctypes.data, dst.ctypes.data
@@ -118,7 +115,7 @@ def _permute_heads(dtype: torch.dtype) -> Callable:
 
     @helper
     def permute_heads(src, dst, key):
-        """One row's heads, which may be queries or keys or values: (heads x D)."""
+        """Permute one row's queries, keys or values: (heads x D)."""
         kv_heads, head_dim = key.shape
         group_columns = src.size // kv_heads
         for m in range(kv_heads):
@@ -126,12 +123,10 @@ def _permute_heads(dtype: torch.dtype) -> Callable:
                 end = start + head_dim
                 permute_head(src[start:end], dst[start:end], key[m])
 
-    if not _has_registers(dtype):
+    if not _in_registers(dtype):
         return permute_heads
-    permute_64, permute_128 = (
-        _heads_in_registers(64, None),
-        _heads_in_registers(128, None),
-    )
+    permute_64 = _heads_in_registers(64, None)
+    permute_128 = _heads_in_registers(128, None)
 
     @helper
     def permute_heads_avx512(src, dst, key):
@@ -151,14 +146,14 @@ def _turn_heads(dtype: torch.dtype) -> Callable:
 
     @helper
     def turn_heads(src, dst, key, cos_sin, is_neox_style, rotated):
-        """Rotate and permute one row's heads, queries or keys, by one position's angles.
+        """Rotate one row's queries or keys by one position's angles, and permute them.
 
-        `rotated` is scratch memory of their size or more.
+        `rotated` is scratch memory of at least their size.
         """
         rotate(src, rotated[: src.size], cos_sin, key.shape[1], is_neox_style)
         permute_heads(rotated[: src.size], dst, key)
 
-    if not _has_registers(dtype):
+    if not _in_registers(dtype):
         return turn_heads
     turn_64 = _heads_in_registers(64, dtype)
     turn_128 = _heads_in_registers(128, dtype)

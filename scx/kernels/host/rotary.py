@@ -1,4 +1,4 @@
-"""RoPE on the cores of the host."""
+"""RoPE on the host's cores."""
 
 import functools
 from collections.abc import Callable
@@ -7,16 +7,16 @@ import numpy as np
 import torch
 
 from scx.kernels.host.compiled import helper
-from scx.kernels.host.llvm import converters, load_once
+from scx.kernels.host.llvm import conversions, load_once
 
 
 @helper
 def angles_at(cos_sin, positions, row):
-    """The angles in `cos_sin` (max_position, R) for the position of a row.
+    """The angles in `cos_sin` (max_position, R) for a row's position.
 
-    Positions come from the accelerator, which could change one between a check and its
-    use. One that the table does not have counts as the nearest that it has, as in
-    `codec.apply_rotary`.
+    Positions come from the accelerator, which could change one between its check and its
+    use. A position outside the table counts as the nearest one inside, as it does in
+    `scx.codecs.plain.apply_rotary`.
     """
     position = load_once(positions.ctypes.data + 8 * row)
     return cos_sin[min(max(position, 0), len(cos_sin) - 1)]
@@ -24,17 +24,17 @@ def angles_at(cos_sin, positions, row):
 
 @functools.cache
 def rotate_heads(dtype: torch.dtype) -> Callable:
-    """`codec.apply_rotary` of one row's heads, bit for bit."""
-    widen, narrow = converters(dtype)
+    """`scx.codecs.plain.apply_rotary` for the heads of one row, bit for bit."""
+    widen, narrow = conversions(dtype)
 
     @helper
     def rotate_heads(src, dst, cos_sin, head_dim, is_neox_style):
-        """Turn the heads in `src` (heads x D) by one position's angles `cos_sin`."""
+        """Rotate the heads in `src` (heads x D) by one position's angles, `cos_sin`."""
         rotary_dim = np.uintp(cos_sin.size)
         half = rotary_dim // np.uintp(2)
         for start in range(0, src.size, head_dim):
             head, turned = src[start : start + head_dim], dst[start : start + head_dim]
-            # Two loops, as a stride known only at run time would not vectorise.
+            # Two loops: LLVM would not vectorise a stride that it does not know.
             if is_neox_style:
                 for i in range(half):
                     a, b = widen(head[i]), widen(head[i + half])

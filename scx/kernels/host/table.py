@@ -1,36 +1,53 @@
-"""Fused forms of `scx.codecs` for the cores of the host.
+"""Fused forms of `scx.codecs` for the host's cores.
 
-Where the secure device is the host itself, every step of an encoded layer
-waits for its rows and features to be encoded and decoded. These kernels do
-each of that in one pass over memory. numba compiles them, and they hold no
-Python object and no GIL and start no threads: they work on a range of rows, so
-that the workers of a compiled loop can share a step. The codec is their
-specification: they calculate in float32, and what they only move or rotate is
-equal to its results bit for bit, but for the sign and payload of a NaN.
+If the host is the secure device, every step of an encoded layer waits for its rows and
+features to be encoded and decoded. Each of these kernels does its work in one pass over
+memory. numba compiles them. They hold neither Python objects nor the GIL and start no
+threads. They work on a range of rows, so that several workers can share a step. The
+codec is their specification: they calculate in float32, and whatever they only move or
+rotate equals its results bit for bit, except for the sign and payload of a NaN.
 
-Letters: those of the codec, and R features of a head that turn. An `element`
-is float32, or the uint16 view of a bfloat16 or float16, which numba does not
-have. All arrays are C-contiguous, and one that is written overlaps no other.
-Indices are not checked.
+Letters are those of the codec; R is the number of features of a head that rotate. An
+`element` is float32, or the uint16 view of a bfloat16 or float16, which numba lacks.
+All arrays are C-contiguous, and an array that is written overlaps no other. Indices are
+not checked.
 """
 
 import functools
+import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 
-from scx.kernels.host import affine, permutation, rows
-from scx.kernels.host.compiled import element_of
+from scx.kernels.host import rows
 
-_FEATURES = {"permutation": permutation, "affine": affine}
+
+class FeatureKernels(Protocol):
+    """What a module of `scx.kernels.host` provides if a codec names it. Its kernels take
+    the arguments of those in `scx.kernels.host.permutation`, with keys of its own."""
+
+    def pack(self, keys: torch.Tensor) -> np.ndarray:
+        """One of FeatureCodec.tables of one or more layers, (..., as in the codec), as an
+        array that the kernels take, (..., one layer's)."""
+        ...
+
+    def encode_features_kernel(self, dtype: torch.dtype) -> Callable:
+        """encode_features(src, dst, rank, positions, cos_sin, key, num_heads,
+        is_neox_style, first, last)"""
+        ...
+
+    def decode_features_kernel(self, dtype: torch.dtype) -> Callable:
+        """decode_features(src, dst, key, first, last)"""
+        ...
 
 
 class HostKernels(NamedTuple):
-    """The kernels for one element type and one codec of features: numba functions,
-    callable from others.
+    """The kernels for one element type and one codec: numba functions, callable from
+    compiled code.
 
-    Rows are written in [first, last), which like every size here is intp.
+    They write rows [first, last), which are intp like every size here.
     """
 
     encode_rows: Callable
@@ -38,23 +55,24 @@ class HostKernels(NamedTuple):
     decode_features: Callable
     draw_permutation: Callable
     fill_random: Callable
-    pack: Callable
-    """A Python function: the keys of a codec as an array that the kernels take."""
-    key: str
-    """numba's type of a layer's packed key."""
+    pack: Callable[[torch.Tensor], np.ndarray]
+    """A Python function: a codec's keys as an array that the kernels take."""
 
 
 @functools.cache
-def host_kernels(dtype: torch.dtype, codec: str) -> HostKernels:
-    """Compile the kernels for bfloat16, float16 or float32 and for one of
-    `scx.keys.CODECS`, in a few seconds."""
-    features = _FEATURES[codec]
+def host_kernels(dtype: torch.dtype, features: str) -> HostKernels:
+    """Compile the kernels for bfloat16, float16 or float32, in a few seconds.
+
+    `features` names the module of `scx.kernels.host` that has the codec's own: see
+    FeatureKernels.
+    """
+    module = importlib.import_module(f"scx.kernels.host.{features}")
+    kernels = cast(FeatureKernels, module)
     return HostKernels(
-        encode_rows=rows.encode_rows_kernel(element_of(dtype)),
-        encode_features=features.encode_features_kernel(dtype),
-        decode_features=features.decode_features_kernel(dtype),
+        encode_rows=rows.encode_rows_kernel(dtype),
+        encode_features=kernels.encode_features_kernel(dtype),
+        decode_features=kernels.decode_features_kernel(dtype),
         draw_permutation=rows.draw_permutation_kernel(),
         fill_random=rows.fill_random_kernel(rows.libc_getrandom()),
-        pack=features.pack,
-        key=features.KEY,
+        pack=kernels.pack,
     )
