@@ -51,8 +51,8 @@ def __getattr__(name: str) -> Callable[[], None]:
 def _plugins_count_as_loaded_after() -> Iterator[None]:
     """If the body fails, vLLM loads plugins once more in this process.
 
-    It notes that they are loaded before it loads them. If that stood, a second attempt would
-    meet no error of ours, and go on plain.
+    It notes that they are loaded before it loads them. If that stood, a second attempt
+    would meet no error of ours, and go on plain.
     """
     import vllm.plugins
 

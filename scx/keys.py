@@ -359,7 +359,10 @@ def _parse_bool(text: str) -> bool:
 
 def require_key_file(config: SCXConfig) -> None:
     """Raise SCXConfigError, as loading would, if the key file's kind, owner, mode or
-    size is refused. Its content is not read: the process that configures an engine needs no key."""
+    size is refused.
+
+    Its content is not read: the process that configures an engine needs no key.
+    """
     if config.key_file is not None:
         _open_key_file(config.key_file, 0)
 

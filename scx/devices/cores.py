@@ -41,8 +41,9 @@ def ranks_here(parallel_config: Any) -> int:
 
     Tensor, pipeline and context parallel ones of this node, times the local
     data-parallel replicas, as vLLM counts them itself (MultiprocExecutor._init_executor
-    in v1/executor/multiproc_executor.py). Call
-    it in the process that makes the configuration: a replica's own process forgets the others (v1/engine/core.py, run_engine_core).
+    in v1/executor/multiproc_executor.py). Call it in the process that makes the
+    configuration: a replica's own process forgets the others (v1/engine/core.py,
+    run_engine_core).
 
     Two things cannot be known. Ranks that Ray or an external launcher puts on other
     machines are counted as if they were here, so workers may be fewer than cores allow.

@@ -163,7 +163,7 @@ def _write_once(folder: Path, label: Mapping[str, Any]) -> None:
     files = list(os.scandir(folder))
     if any(file.name == LABEL for file in files):
         return
-    # Drafts belong to engines that start at the same time, or were killed then.
+    # Drafts belong to engines that start now too, or that were killed then.
     others = [
         file.name
         for file in files
@@ -185,7 +185,7 @@ def _write_once(folder: Path, label: Mapping[str, Any]) -> None:
             except OSError as error:
                 if error.errno not in _NO_HARD_LINKS:
                     raise
-                # Still the first engine's. One that reads a half-written label is refused.
+                # Still the first engine's. One that finds half a label is refused.
                 with open(folder / LABEL, "x") as file:
                     _dump(label, file)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

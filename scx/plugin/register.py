@@ -1,7 +1,8 @@
 """Joining vLLM: the two methods of vLLM that this package wraps.
 
-The first sees the configuration of every engine, whatever architecture it names. The second sees every model that was loaded, before its
-worker serves, and stops what the first missed or another plugin undid.
+The first sees the configuration of every engine, whatever architecture it names and
+whichever plugin registered that. The second sees every model that was loaded, before
+its worker serves, and stops what the first missed or another plugin undid.
 """
 
 import json
@@ -24,7 +25,7 @@ PATIENCE = timedelta(minutes=5)
 
 @cache
 def join() -> None:
-    """Wrap both methods, once per process. Raises SCXUnsupportedError if one is missing."""
+    """Wrap both, once per process. Raises SCXUnsupportedError if one is missing."""
     from vllm.config import VllmConfig
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
