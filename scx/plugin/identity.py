@@ -41,8 +41,9 @@ def identity_of(model_config: Any) -> str:
 
     They are a digest of what determines K and V: the shape and the positions as vLLM
     will run them, overrides included, and the weights. Weights from a snapshot of the
-    Hugging Face hub are named by its commit, and weights in any other folder by a sample
-    of their files, whatever the folder's path. So all ranks, replicas and copies of a folder agree; fine-tunes of one base differ.
+    Hugging Face hub are named by its commit, and weights in any other folder by a
+    sample of their files, whatever the folder's path. So all ranks, replicas and
+    copies of a folder agree; fine-tunes of one base differ.
 
     The sample is the name, the size and 128 windows of 64 KiB of each file, so all of it
     up to 8 MiB. A difference that spans a hundredth of a file is seen; a smaller one
