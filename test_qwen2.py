@@ -2,8 +2,8 @@
 
     python test_qwen2.py [MODEL_PATH] [--enc-layers 0,27] [--secure-device cpu]
 
-Each arm runs in a process of its own, because vLLM reads plugins once a
-process. Without MODEL_PATH the embedded default is used: SmolLM2-135M from a
+Each arm runs in a process of its own, because vLLM reads plugins once
+per process. Without MODEL_PATH the embedded default is used: SmolLM2-135M from a
 PyPI wheel, as a Qwen2 model.
 """
 
@@ -19,7 +19,7 @@ PROMPT = "The capital of France is"
 
 
 def run_arm(enc_layers: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Text, token ids, tokens a second and crossed bytes with these layers encoded."""
+    """Text, token ids, tokens per second and crossed bytes with these layers encoded."""
     from scx.keys import scx_env_init
 
     # The counters are asked for by a function that is sent to the workers.
@@ -119,7 +119,7 @@ def main() -> int:
     print(f"Encoded: {encoded['text']!r}")
     print(f"Identical tokens: {same} of {len(plain['tokens'])}")
     print(
-        f"Tokens a second: plain {plain['tokens_per_second']:.1f}, "
+        f"Tokens per second: plain {plain['tokens_per_second']:.1f}, "
         f"encoded {encoded['tokens_per_second']:.1f} ({ratio:.2f} of plain)"
     )
     print(f"Bytes that crossed: plain {plain['bytes']:,}, encoded {encoded['bytes']:,}")

@@ -15,8 +15,8 @@ def _init_vllm_plugin() -> None:
     """Join vLLM: the entry point of the group ``vllm.general_plugins``.
 
     vLLM calls it once in each of its processes; calling it again changes
-    nothing. Raises SCXConfigError where an SCX_* variable is malformed, and
-    SCXUnsupportedError where vLLM lacks what encoding is refused by.
+    nothing. Raises SCXConfigError if an SCX_* variable is malformed, and
+    SCXUnsupportedError if vLLM lacks a method that this package wraps.
     """
     with _plugins_count_as_loaded_after():
         from scx.plugin import architectures, register
@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Callable[[], None]:
     """`init_vllm_plugin`, and what must not wait for its call.
 
     vLLM looks up all plugins, then calls one after another, and does neither again in
-    that process. Where another plugin raises before ours is called, and the engine is
+    that process. If another plugin raises before ours is called, and the engine is
     tried once more, only the lookup has happened: so it joins vLLM already.
     """
     if name != "init_vllm_plugin":
@@ -49,10 +49,10 @@ def __getattr__(name: str) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _plugins_count_as_loaded_after() -> Iterator[None]:
-    """Where the body fails, vLLM loads plugins once more in this process.
+    """If the body fails, vLLM loads plugins once more in this process.
 
-    It notes that they are loaded before it loads them. Left so, a second attempt would
-    meet no error of ours, and go on plain.
+    It notes that they are loaded before it loads them. If that stood, a second attempt
+    would meet no error of ours, and go on plain.
     """
     import vllm.plugins
 

@@ -15,7 +15,7 @@ class SCXConfigError(SCXError):
 
 
 class SCXUnsupportedError(SCXError):
-    """Encoding was asked for where this package cannot provide it."""
+    """Encoding was asked for, but this package cannot provide it."""
 
 
 class SCXNotEncodedError(SCXError):

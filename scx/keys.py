@@ -111,9 +111,9 @@ def scx_env_init(
     as in SCX_ENC_LAYERS or an iterable of layer indices. Without `codec`,
     SCX_CODEC stays as it is.
 
-    Raises SCXConfigError, and sets nothing, where a value is malformed, where
-    vLLM would not load this plugin, or where vLLM already read another
-    setting in this process.
+    Raises SCXConfigError, and sets nothing, if a value is malformed, if vLLM
+    would not load this plugin, or if vLLM already read another setting in
+    this process.
     """
     if not isinstance(enc_layers, str):
         enc_layers = ",".join(_layer_text(layer) for layer in enc_layers)
@@ -157,8 +157,8 @@ _config_of_process: SCXConfig | None = None
 def pin_config() -> None:
     """Make the present setting the only one that this process accepts.
 
-    vLLM calls plugins once a process and caches the model class that it
-    chose, so a setting that changes afterwards would be followed by half.
+    vLLM calls plugins once per process and caches the model class that it
+    chose, so a later change would take effect only in part.
     """
     global _config_of_process
     _config_of_process = get_scx_config()
@@ -214,10 +214,10 @@ class RootKey:
 
     @classmethod
     def load(cls, config: SCXConfig) -> "RootKey":
-        """The key in `config.key_file`, or a fresh one where there is none.
+        """The key in `config.key_file`, or a fresh one if there is none.
 
         From here on the process writes no core file. Raises SCXConfigError for a file
-        that others may read or may have written, and for what is not random.
+        that others may read or may have written, or whose bytes are not random.
         """
         _leave_no_core()
         if config.key_file is None:
@@ -277,7 +277,7 @@ def _reject(variable: str, value: object, allowed: str) -> NoReturn:
     raise SCXConfigError(f"{variable}={value!r}: {allowed}")
 
 
-# Kubernetes gives such variables to each pod, for a service that is called scx-vllm, say.
+# Kubernetes gives such variables to each pod, if a service is called scx-vllm.
 _SERVICE = re.compile(
     r"SCX_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
 )
@@ -286,7 +286,7 @@ _FOREIGN = ("SCX_SCHEDULER", "SCX_FLAGS")
 
 
 def _reject_unknown(environ: Mapping[str, str]) -> None:
-    """A variable that nobody reads is a setting that silently does not hold."""
+    """Refuse unknown variables: a setting that nothing reads silently has no effect."""
     for name in environ:
         known = name.strip().upper()
         if not known.startswith("SCX_") or name in (*VARIABLES, *_FOREIGN):
@@ -358,8 +358,11 @@ def _parse_bool(text: str) -> bool:
 
 
 def require_key_file(config: SCXConfig) -> None:
-    """Raise SCXConfigError, as loading would, for a key file that is refused for what it
-    is. Its content is not read: the process that configures an engine needs no key."""
+    """Raise SCXConfigError, as loading would, if the key file's kind, owner, mode or
+    size is refused.
+
+    Its content is not read: the process that configures an engine needs no key.
+    """
     if config.key_file is not None:
         _open_key_file(config.key_file, 0)
 
@@ -367,7 +370,7 @@ def require_key_file(config: SCXConfig) -> None:
 def _read_key_file(path: Path) -> bytes:
     """The content of a key file."""
     content = _open_key_file(path, KEY_BYTES + 1)
-    # Of random files not one in 10^13 is refused here.
+    # Fewer than one random file in 10^13 is refused here.
     is_text = content.isascii() and content.decode().isprintable()
     if is_text or len(set(content)) < KEY_BYTES // 4:
         _reject(KEY_FILE, str(path), f"its bytes are not random; {_ALLOWED_KEY_FILE}")
@@ -406,8 +409,8 @@ def _leave_no_core() -> None:
     """Have this process and its children dump no core, which would hold keys.
 
     Linux writes no file at a limit below a page, and at 1 hands no core to a program
-    either, which it would at 0 (fs/coredump.c). PR_SET_DUMPABLE does more than that: it
-    forbids what ranks need that share GPU memory, and debuggers.
+    either, which it would at 0 (fs/coredump.c). PR_SET_DUMPABLE does more: it blocks
+    debuggers, and what ranks need to share GPU memory.
     """
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
     soft = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
@@ -419,7 +422,7 @@ def read_regular(path: Path, limit: int) -> tuple[os.stat_result, bytes]:
 
     So what the caller checks is what it read, whatever happens to the path meanwhile.
     A link as the last component is not followed, and no fifo is waited for. Raises
-    OSError: ELOOP for a link, EINVAL for what else is no regular file.
+    OSError: ELOOP for a link, EINVAL for anything else but a regular file.
     """
     descriptor = os.open(path, _READ_FLAGS)
     try:

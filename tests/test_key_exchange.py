@@ -91,7 +91,7 @@ def test_the_format_of_before_is_refused(label, tmp_path):
         claim(tmp_path)
     assert str(error.value) == (
         f"shared_storage_path='{tmp_path}': it holds KV of format 1, and this engine has "
-        "format 2: set this package's version alike, or use an empty folder"
+        "format 2: use the same version of this package, or use an empty folder"
     )
 
 
@@ -486,8 +486,8 @@ def test_a_store_of_another_key_is_refused_by_fingerprint(outcomes, store, tiny_
     assert kind == "SCXConfigError"
     assert message == (
         f"shared_storage_path='{folder}': it holds KV of key '{key}', and "
-        f"this engine has key '{other}': set SCX_KEY_FILE with that key "
-        "alike, or use an empty folder"
+        f"this engine has key '{other}': use the same key in SCX_KEY_FILE, "
+        "or use an empty folder"
     )
 
 

@@ -53,7 +53,7 @@ class Claim:
     index: int
     """The request, or the step in `View.steps`."""
     values: torch.Tensor
-    """As `About` says, int64 where that says no other, for the rows from `first` on."""
+    """As `About` says, int64 by default, for the rows from `first` on."""
     first: int = 0
     """The row of the first value; the others follow it."""
     given: torch.Tensor = NO_TOKENS
@@ -102,7 +102,7 @@ class Knowledge:
 
 
 class Budget:
-    """Seconds for a run, and how many candidates it compares for a token at most."""
+    """Seconds for a run, and the most candidates that it compares per token."""
 
     def __init__(self, seconds: float, candidates: int | None = None) -> None:
         self.candidates = candidates

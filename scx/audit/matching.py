@@ -16,7 +16,7 @@ from scx.audit.interface import Budget
 from scx.audit.public_model import LayerModel, States
 
 MARGIN = 0.2
-"""A search ends before the vocabulary does where the nearest candidate is at this share
+"""A search ends before the vocabulary does if the nearest candidate is at this share
 of the distance of any other. The true token differs by rounding alone: in SmolLM2-135M,
 layers 15 and 29, it lies at 2 to 11 percent of the nearest other in bfloat16 and below
 in float32. Without such a margin, as at some first positions, all are compared."""
@@ -100,7 +100,7 @@ def search(
     """Token ids that follow the `known` ones (P,), as far as the budget goes.
 
     Each is the nearest candidate of those compared, and is part of the prefix of
-    the next. Where the reading has no order, a row that was taken is taken once.
+    the next. If the reading has no order, no row is taken twice.
     """
     prefix = known.tolist()
     free = torch.ones(len(reading.target), dtype=torch.bool)

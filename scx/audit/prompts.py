@@ -70,7 +70,7 @@ BUILT_IN = (
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:
-    """The prompts in `path`, one a line, or the built-in ones where it is None."""
+    """The prompts in `path`, one per line, or the built-in ones if it is None."""
     if path is None:
         return BUILT_IN
     prompts = tuple(line for line in path.read_text().splitlines() if line.strip())

@@ -129,7 +129,7 @@ class LayerModel:
 
     @torch.inference_mode()
     def trace(self, ids: torch.Tensor) -> States:
-        """The states of a text (T,), one row a token. Remembered for other attacks."""
+        """The states of a text (T,), one row per token. Kept for other attacks."""
         key = tuple(ids.tolist())
         if key not in self._traces:
             hidden = self._trunk(ids[None], use_cache=False).last_hidden_state[0]

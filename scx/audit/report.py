@@ -1,6 +1,6 @@
 """An audit's report: a table on the terminal, Markdown, JSON.
 
-    python -m scx.audit.report docs/audit/*.json --into README.md
+    python -m scx.audit.report docs/audit/*.json --into docs/audit/README.md
 
 puts the tables of several reports, side by side, into documents, between the comments
 that name them; without `--into` it prints them.
@@ -130,7 +130,7 @@ def markdown(report: dict[str, Any]) -> str:
             f"{report['model']} in {report['dtype']}, {len(report['prompts'])} prompts, "
             f"{report['tokens']} tokens. {versions}; {report['threads']} threads on "
             f"{report['machine']}; seed of the controls {report['seed']}; at most "
-            f"{report['budget_seconds_a_layer']:g} s of attacks a layer; "
+            f"{report['budget_seconds_a_layer']:g} s of attacks per layer; "
             f"{report['written']}."
         ),
         "",

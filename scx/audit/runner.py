@@ -46,7 +46,7 @@ class Settings:
     """As in SCX_CODEC; None leaves that as it is."""
     adversaries: tuple[Adversary, ...] = ADVERSARIES
     budget: float = 240.0
-    """Seconds of attacks a layer, and of those on the whole model."""
+    """Seconds of attacks per layer, and of those on the whole model."""
     seed: int = 0
     """Of the controls alone. Keys are the operating system's."""
     dtype: str = "auto"
@@ -77,7 +77,7 @@ def audit(settings: Settings) -> dict[str, Any]:
         key=lambda f: (order.index(f["layer"]), ADVERSARIES.index(f["adversary"])),
     )
     return {
-        # Its last part: a report is meant to be shown, a home folder is not.
+        # Its last part only: reports are shown to others, home folders are not.
         "model": Path(settings.model).name,
         "layers": list(capture.layers),
         "codec": capture.codec,

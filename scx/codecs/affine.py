@@ -24,14 +24,14 @@ from scx.keys import RootKey
 CONDITION = 4.0
 """The maps' condition number, which bounds how much rounding errors can grow."""
 OFFSET = 0.25
-"""The offsets' standard deviation: enough that no head is near zero where it was,
-little beside most keys and values, as rounding grows with it."""
+"""The offsets' standard deviation: large enough that a head near zero moves
+away from it, small beside most keys and values, as rounding grows with it."""
 
 
 class AffineCodec(FeatureCodec):
     """`A`, `B` and the offsets of one layer, in float32.
 
-    Calculated in float32 at least and rounded once in each direction. Where the
+    Calculated in float32 at least and rounded once in each direction. If the
     heads are bfloat16 or float16, errors of that rounding can be up to CONDITION
     times those of the heads themselves, if no feature is far larger than the rest:
     its rounding is spread over the whole head (docs/affine-numerics.json). Heads of
@@ -46,8 +46,8 @@ class AffineCodec(FeatureCodec):
     def __init__(
         self, key_maps: torch.Tensor, value_maps: torch.Tensor, offsets: torch.Tensor
     ) -> None:
-        """All float64: A and its inverse (2, M, D, D), B and its inverse alike, and the
-        offsets (2, M, D) of keys and of values."""
+        """All float64: A and its inverse (2, M, D, D), the same of B, and the offsets
+        (2, M, D) of keys and of values."""
         self.kv_heads, self.head_dim = offsets.shape[1:]
         self._key_maps, self._value_maps, self._offsets = key_maps, value_maps, offsets
         of_queries, inverse_a = key_maps
@@ -134,7 +134,7 @@ def _well_conditioned(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Maps with singular values from 1 / sqrt(CONDITION) to sqrt(CONDITION), and their
     inverses: (2, M, D, D).
 
-    Between two random rotations or reflections, uniform ones where `left` and
+    Between two random rotations or reflections, uniform ones if `left` and
     `right` (M, D, D) are normal: F. Mezzadri, How to generate random matrices from
     the classical compact groups, 2007. So inverses are products too; torch's own, of
     several matrices at once on a CPU, can be wrong (pytorch/pytorch issue 142815).
@@ -158,6 +158,6 @@ def _normal(
     """Normal numbers, float64, that belong to some fields: 52 random bits each."""
     stream = root.stream(*fields, length=8 * math.prod(shape))
     words = torch.frombuffer(bytearray(stream), dtype=torch.int64)
-    # Half a step from 0 and from 1, which a double of 53 bits can say of 52 random ones.
+    # Half a step from 0 and from 1: a double's 53 bits hold 52 random ones and the half.
     uniform = ((words >> 12).double() + (2.0**51 + 0.5)) / 2.0**52
     return torch.special.ndtri(uniform).reshape(shape)

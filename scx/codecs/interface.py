@@ -26,7 +26,7 @@ class FeatureCodec(ABC):
     `tables` are int64 (M, D): feature d of an encoded head is its feature key[m, d], and
     the inverse."""
     host_kernels: ClassVar[str] = ""
-    """The module of `scx.kernels.host` with its fused kernels; empty without one, and the
+    """The module of `scx.kernels.host` with its fused kernels; if empty, the
     secure device runs the calls below instead."""
     largest_key_bias: ClassVar[float] = math.inf
     """The key bias above which heads of 16 bits lose more than the codec's class says."""

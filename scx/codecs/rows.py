@@ -22,8 +22,10 @@ def draw_permutation(size: int, device: torch.device | None = None) -> torch.Ten
 
 
 def permutation_from(random_bytes: bytes) -> torch.Tensor:
-    """Sort random 64-bit words: uniform but for equal words, of chance below 2^-37
-    at 2^14 rows."""
+    """The order that sorts random 64-bit words: int64 (words,), on the CPU.
+
+    Uniform unless two words are equal: a chance below 2^-37 at 2^14 rows.
+    """
     if not random_bytes:
         return torch.empty(0, dtype=torch.int64)
     words = torch.frombuffer(bytearray(random_bytes), dtype=torch.int64)

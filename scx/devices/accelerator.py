@@ -20,7 +20,7 @@ class AcceleratorSecureLayer(SecureLayer):
     """One encoded layer on the accelerator, whose results are contiguous.
 
     Row orders come from ChaCha20 under a key from the operating system that is the
-    layer's own and that it never lets go.
+    layer's own and never leaves it.
     """
 
     in_graphs = True

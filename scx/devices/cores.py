@@ -11,14 +11,14 @@ from typing import Any
 
 MAX_WORKERS = 16
 CORES_PER_SPARE = 8
-"""One core of so many is left to servers, tokenizers and schedulers."""
+"""One core in this many is left to servers, tokenizers and schedulers."""
 
 
 def usable_cores() -> int:
     """Cores that this process may use, at least 1.
 
-    Those of its affinity (which cpusets and taskset narrow), or fewer where a CPU
-    quota of its cgroups, of version 1 or 2, allows fewer; a part of a core is not
+    Those of its affinity (which cpusets and taskset narrow), or fewer if a CPU quota
+    of its cgroups, of version 1 or 2, allows fewer; a part of a core is not
     counted. Only what is mounted here is seen: a quota above a container's own
     root is not.
     """
@@ -41,8 +41,9 @@ def ranks_here(parallel_config: Any) -> int:
 
     Tensor, pipeline and context parallel ones of this node, times the local
     data-parallel replicas, as vLLM counts them itself (MultiprocExecutor._init_executor
-    in v1/executor/multiproc_executor.py). To be called where the configuration is made:
-    a replica's own process forgets the others (v1/engine/core.py, run_engine_core).
+    in v1/executor/multiproc_executor.py). Call it in the process that makes the
+    configuration: a replica's own process forgets the others (v1/engine/core.py,
+    run_engine_core).
 
     Two things cannot be known. Ranks that Ray or an external launcher puts on other
     machines are counted as if they were here, so workers may be fewer than cores allow.

@@ -44,7 +44,7 @@ from scx.kernels.protocol import FLAG_STRIDE, require_within_limits
 CLOSING_SECONDS = 10.0
 """How long closing a HostDevice waits for its workers at most."""
 PATIENCE_NAPS = 100_000
-"""How often a worker naps, 50 us and the kernel's slack, until it gives a trip up: about
+"""Naps of a worker, 50 us and the kernel's slack each, before it gives up a trip: about
 10 seconds. A kernel that began a trip sends all its rows within milliseconds. No clock
 is read, as the time for which a machine was suspended must not count."""
 

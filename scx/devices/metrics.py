@@ -1,7 +1,7 @@
 """What the encoded layers did, for an operator: Prometheus metrics and a log line.
 
 The layers are in a worker process, and vLLM answers /metrics in another one. It
-shows the metrics of all its processes where PROMETHEUS_MULTIPROC_DIR names an
+shows the metrics of all its processes if PROMETHEUS_MULTIPROC_DIR names an
 empty folder at start (vllm/v1/metrics/prometheus.py); the log line needs nothing.
 """
 
@@ -24,12 +24,12 @@ HELP = {
     "crossings": "Times that execution passed from one device to the other.",
     "bytes_in": "Bytes that the secure device received.",
     "bytes_out": "Bytes that the accelerator received.",
-    "secure_seconds": "Seconds that the secure device worked, transfers beside it too.",
+    "secure_seconds": "Seconds of secure-device work, overlapping transfers included.",
 }
 """The counters, by their names in Traffic."""
 
 
-# Made on first use and once a process, which may see several engines.
+# Made on first use, once per process: a process may see several engines.
 @functools.cache
 def _counter(name: str) -> Counter:
     return Counter(f"scx_{name}", HELP[name])
@@ -72,7 +72,7 @@ class Reporter(threading.Thread):
             self.report()
 
     def report(self) -> None:
-        """Count what was done since the last time, and log it where it is anything."""
+        """Count what was done since the last report, and log it if anything was."""
         layers = [layer for ref in self._layers if (layer := ref()) is not None]
         if len(layers) < len(self._layers):
             return

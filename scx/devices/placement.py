@@ -11,7 +11,7 @@ from scx.keys import SECURE_DEVICE, SCXConfig
 
 
 def obstacles(vllm_config: Any, config: SCXConfig) -> Iterator[str]:
-    """Why the secure device of a number would be one that is not trusted.
+    """Why a numbered secure device would be an accelerator that is not trusted.
 
     vLLM puts rank i of a host on the device that torch calls i, counted among those
     that are visible, all data-parallel ranks of the host one after another
@@ -37,8 +37,8 @@ def obstacles(vllm_config: Any, config: SCXConfig) -> Iterator[str]:
 def require_apart(secure: torch.device, accelerator: torch.device) -> None:
     """Refuse a numbered secure device that is this rank's accelerator.
 
-    Every rank compares, before weights load: who chose the accelerators, Ray say, may
-    count otherwise than `obstacles`. Raises SCXUnsupportedError.
+    Every rank compares, before weights load: Ray, for example, may have numbered the
+    accelerators differently from `obstacles`. Raises SCXUnsupportedError.
     """
     if _is_numbered(secure) and secure == accelerator:
         raise SCXUnsupportedError(
@@ -48,8 +48,9 @@ def require_apart(secure: torch.device, accelerator: torch.device) -> None:
 
 
 def _is_numbered(device: torch.device) -> bool:
-    """Without a number each accelerator is its own secure device, as is wanted then.
+    """Whether `device` has a number that must differ from the accelerator's.
 
-    A CPU has no other number, and where it is the accelerator nothing is kept from it.
+    Without a number each accelerator is its own secure device, as the user asked. A CPU
+    has no other number, and nothing is kept from it if it is the accelerator.
     """
     return device.index is not None and device.type != "cpu"

@@ -18,8 +18,8 @@ _logger = logging.getLogger("vllm.scx")
 def watch(layers: Mapping[int, SecureLayer], patience: float = PATIENCE) -> None:
     """Watch secure layers, by index, from a thread that ends when they are gone.
 
-    One line is logged where a call takes longer than `patience`, and again each time
-    that passes. The call goes on: a step cannot be taken back from another device.
+    One line is logged if a call takes longer than `patience` seconds, and again each
+    time that passes. The call goes on: a step cannot be taken back from another device.
     """
     threading.Thread(
         target=_watch,

@@ -80,7 +80,7 @@ class SCXAttention(nn.Module):
 
     @property
     def head_norms(self) -> tuple[HeadNorm, ...]:
-        """The norms of queries and of keys, where the stock attention has them."""
+        """The norms of queries and of keys, if the stock attention has them."""
         return ()
 
     def forward(

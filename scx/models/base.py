@@ -86,7 +86,7 @@ class SCXForCausalLM(EncodedModel, nn.Module):
     ) -> Any:
         """As the stock class.
 
-        Raises SCXNotEncodedError where an encoded layer did not run encoded,
+        Raises SCXNotEncodedError if an encoded layer did not run encoded,
         as with a stale compiled graph. vLLM's profiling run comes through here,
         so that happens before the first request.
         """
@@ -103,7 +103,7 @@ class SCXForCausalLM(EncodedModel, nn.Module):
         return result
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """As the stock class. Warns of key biases that cost the codec accuracy."""
+        """As the stock class. Warns if key biases cost the codec accuracy."""
         stock: Any = super()
         loaded = stock.load_weights(weights)
         if self.plan is None:

@@ -1,4 +1,4 @@
-"""The models that can be encoded, and what of them vLLM's registry says.
+"""The models that can be encoded, and what vLLM's registry says of them.
 
 A model is known by the class that vLLM would run, not by its architecture's name:
 another plugin may have registered that name for a class of its own.
@@ -85,7 +85,7 @@ def resolve(model_config: "ModelConfig") -> tuple[str, str]:
     """The architecture of a model that vLLM runs, and module:class of what runs it.
 
     As the registry resolves it in the worker: the first that is registered, by its own
-    name or by that of the generating model of which vLLM makes it (as for
+    name or by that of the generating model that vLLM adapts (as for
     ForSequenceClassification). The path is empty if none is.
     """
     registry = model_config.registry
@@ -98,7 +98,7 @@ def resolve(model_config: "ModelConfig") -> tuple[str, str]:
 
 
 def architecture_of(model_config: "ModelConfig") -> Architecture | None:
-    """The row of a model that can be encoded, else None.
+    """The row of a model that can be encoded, or None.
 
     The user may have named the class that encodes, and `configure` may have been here
     before.

@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-# With the weights, what keys and values follow from. Names, and not all of the
-# configuration: the rest holds paths, versions and defaults that others do not share.
+# With the weights, these determine keys and values. Only these names are read: the rest
+# of the configuration holds paths, versions and defaults that others do not share.
 _FACTS = (
     "model_type",
     "vocab_size",
@@ -39,22 +39,24 @@ _WINDOWS, _WINDOW_BYTES = 128, 1 << 16
 def identity_of(model_config: Any) -> str:
     """32 hexadecimal digits that name a model and may be shown.
 
-    They are a digest of what K and V follow from: the shape and the positions as vLLM
-    will run them, overrides included, and the weights. Those are named by the commit
-    where they come from a snapshot of the Hugging Face hub, and by a sample of their
-    files where they are in another folder, wherever that is and whatever it is called.
-    So all ranks, replicas and copies of a folder agree; fine-tunes of one base differ.
+    They are a digest of what determines K and V: the shape and the positions as vLLM
+    will run them, overrides included, and the weights. Weights from a snapshot of the
+    Hugging Face hub are named by its commit, and weights in any other folder by a
+    sample of their files, whatever the folder's path. So all ranks, replicas and
+    copies of a folder agree; fine-tunes of one base differ.
 
     The sample is the name, the size and 128 windows of 64 KiB of each file, so all of it
-    up to 8 MiB. What differs in a stretch of a hundredth of a file is seen, what differs
-    in less may be missed. An object store is known by its address, and a folder without
+    up to 8 MiB. A difference that spans a hundredth of a file is seen; a smaller one
+    may be missed. An object store is known by its address, and a folder without
     weights by the shape alone.
+
+    `model_config` is a vllm.config.ModelConfig.
     """
     text_config = model_config.hf_text_config
     facts = {name: getattr(text_config, name, None) for name in _FACTS}
     rope = facts["rope_parameters"] or {}
     if rope.get("rope_type") == "longrope":
-        # Of longrope vLLM has two tables (phi3_long_rope_scaled_rope.py).
+        # vLLM has two tables for longrope (phi3_long_rope_scaled_rope.py).
         original = rope.get("original_max_position_embeddings", 0)
         facts["extended"] = model_config.max_model_len > original
     facts["weights"] = _weights(str(model_config.model), model_config.revision)

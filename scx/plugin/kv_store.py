@@ -24,7 +24,7 @@ IN_FOLDER = ("ExampleConnector", "SharedStorageConnector")
 """The connector of vLLM whose store is a folder, by its newer and its older name."""
 
 FOLDER = "shared_storage_path"
-DEFAULT_FOLDER = "/tmp"  # noqa: S108 - vLLM's, where FOLDER is not set
+DEFAULT_FOLDER = "/tmp"  # noqa: S108 - vLLM's, if FOLDER is not set
 LABEL = "scx.json"
 _LABEL_BYTES = 1 << 16
 # What file systems without hard links say to them.
@@ -38,9 +38,9 @@ _DRAFT = re.compile(rf"{re.escape(LABEL)}\.[a-z0-9_]{{8}}\.draft")
 # What vLLM's memory connectors may be told about their tiers: the defaults.
 _MEMORY_SETTINGS = {"spec_name": "CPUOffloadingSpec", "kv_offload_backend": "cpu"}
 _WAYS_OUT = {
-    "format": "this package's version",
-    "model": "the model, as one folder or one commit of the hub",
-    "key": f"{KEY_FILE} with that key",
+    "format": "version of this package",
+    "model": "model, from one folder or one commit of the hub",
+    "key": f"key in {KEY_FILE}",
     "codec": CODEC,
     "layers": ENC_LAYERS,
 }
@@ -49,7 +49,7 @@ _WAYS_OUT = {
 def connector_of(vllm_config: Any) -> str | None:
     """The name of the KV connector of an engine's configuration, None without one.
 
-    vLLM names that of kv_offloading_size after our hook ran, so it is named here.
+    vLLM derives the connector of kv_offloading_size after our hook, so we name it here.
     """
     cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
     if getattr(cache, "kv_offloading_size", None) is None:
@@ -133,7 +133,7 @@ def claim(vllm_config: Any, fingerprint: str, record: Mapping[str, Any]) -> None
     """Label this engine's store, or compare the label that it has.
 
     `fingerprint` is that of the model's root key; `record` holds the model, the codec
-    and the layers. Does nothing where the store dies with the engine. Raises
+    and the layers. Does nothing if the store dies with the engine. Raises
     SCXConfigError for a label that differs or is none, for files without a label, and for
     a folder that cannot be written.
     """
@@ -154,7 +154,7 @@ def claim(vllm_config: Any, fingerprint: str, record: Mapping[str, Any]) -> None
             _reject(
                 folder,
                 f"it holds KV of {name} {_shown(theirs[name])}, and this engine has "
-                f"{name} {_shown(value)}: set {_WAYS_OUT[name]} alike, or {_ANEW}",
+                f"{name} {_shown(value)}: use the same {_WAYS_OUT[name]}, or {_ANEW}",
             )
 
 
@@ -163,7 +163,7 @@ def _write_once(folder: Path, label: Mapping[str, Any]) -> None:
     files = list(os.scandir(folder))
     if any(file.name == LABEL for file in files):
         return
-    # Drafts are of engines that start at the same time, or that were killed then.
+    # Drafts belong to engines that start now too, or that were killed then.
     others = [
         file.name
         for file in files
@@ -185,8 +185,7 @@ def _write_once(folder: Path, label: Mapping[str, Any]) -> None:
             except OSError as error:
                 if error.errno not in _NO_HARD_LINKS:
                     raise
-                # The first engine's, too. One that comes in the midst finds no label and
-                # is refused.
+                # Still the first engine's. One that finds half a label is refused.
                 with open(folder / LABEL, "x") as file:
                     _dump(label, file)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -221,7 +220,7 @@ def _read(folder: Path) -> dict[str, Any]:
 def _is_label(label: Any) -> bool:
     if not isinstance(label, dict) or type(label.get("format")) is not int:
         return False
-    # Of another format nothing else is known, or compared.
+    # Nothing else is known of another format, or compared.
     return label["format"] != FORMAT or (
         label.keys() == {"format", "model", "key", "codec", "layers"}
         and all(isinstance(label[name], str) for name in ("model", "key", "codec"))
@@ -231,7 +230,7 @@ def _is_label(label: Any) -> bool:
 
 
 def _shown(value: object) -> str:
-    """On one line and not long, whoever wrote it."""
+    """On one line and short, as anyone may have written it."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 

@@ -122,7 +122,7 @@ def feature_obstacles(vllm_config: "VllmConfig", plan: EncodingPlan) -> Iterator
 
 
 def _whole_graphs(vllm_config: "VllmConfig") -> str:
-    """The choice of CUDA graphs of whole steps alone, empty where vLLM follows none.
+    """The mode that captures only whole steps in CUDA graphs; empty if vLLM uses none.
 
     As in eager mode, on a platform without graphs and for pooling models
     (`VllmConfig.__post_init__`, after `configure`).
@@ -146,7 +146,7 @@ def _whole_graphs(vllm_config: "VllmConfig") -> str:
 def _cache_dtype(vllm_config: "VllmConfig") -> str:
     """The type that the KV cache will have.
 
-    vLLM turns `auto` to fp8 while it builds layers whose weights bring scales for it
+    vLLM turns `auto` into fp8 while it builds layers whose weights bring scales for it
     (vllm/model_executor/layers/attention/attention.py).
     """
     dtype, model_config = vllm_config.cache_config.cache_dtype, vllm_config.model_config
@@ -160,7 +160,7 @@ def _cache_dtype(vllm_config: "VllmConfig") -> str:
 
 
 def _cache_obstacles(cache_dtype: str, plan: EncodingPlan) -> Iterator[str]:
-    """Why encoded keys and values would be rounded otherwise than plain ones."""
+    """Why encoded keys and values would be rounded differently from plain ones."""
     if "fp8" in cache_dtype and not plan.codec.moves_only:
         yield (
             f"kv_cache_dtype={cache_dtype!r} clips at scales made for K and V as they "

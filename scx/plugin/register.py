@@ -1,8 +1,8 @@
-"""Joining vLLM: the two methods of its own at which this package stands.
+"""Joining vLLM: the two methods of vLLM that this package wraps.
 
 The first sees the configuration of every engine, whatever architecture it names and
-whoever registered that, when. The second sees every model that was loaded, before its
-worker serves: what the first did not see, or another plugin undid, ends there.
+whichever plugin registered that. The second sees every model that was loaded, before
+its worker serves, and stops what the first missed or another plugin undid.
 """
 
 import json
@@ -25,14 +25,14 @@ PATIENCE = timedelta(minutes=5)
 
 @cache
 def join() -> None:
-    """Stand at both methods, once a process. Raises SCXUnsupportedError without one."""
+    """Wrap both, once per process. Raises SCXUnsupportedError if one is missing."""
     from vllm.config import VllmConfig
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     verify = _method(VllmConfig, "try_verify_and_update_config")
     initialize = _method(WorkerWrapperBase, "initialize_from_config")
 
-    # Each time, while vLLM's own part runs once a ModelConfig, also where it was refused.
+    # Runs every time, even after a refusal; vLLM's own once per ModelConfig.
     @wraps(verify)
     def try_verify_and_update_config(self: Any) -> None:
         verify(self)
@@ -87,12 +87,13 @@ def require_encoded(vllm_config: Any, worker: Any) -> None:
 
 
 def require_alike(store: Any, rank: int, ranks: int, record: Any) -> None:
-    """Raise SCXNotEncodedError unless all ranks of an engine encode alike.
+    """Raise SCXNotEncodedError unless all ranks of an engine encode the same.
 
     The ranks of one node have one configuration, and one record of what is encoded. Each
     node of several makes its own from its own variables. So every rank leaves its record
     in `store`, torch's key-value store of the process group, and one that encodes looks
-    at all others. One that does not waits for none, as a node may lack this package.
+    at all others. A rank that encodes nothing waits for none: its node may lack this
+    package.
     """
     shared = record and {k: v for k, v in record.items() if k != "ranks_here"}
     ours = json.dumps(shared, sort_keys=True)

@@ -1,4 +1,4 @@
-"""What is known of rotary position embeddings: the table by which a layer turns.
+"""Rotary position embeddings: the table of cosines and sines that a layer uses.
 
 `obstacles` reads a model's configuration, before anything is built; `table_of` takes
 the table out of what vLLM built (vllm/model_executor/layers/rotary_embedding).
@@ -17,7 +17,7 @@ TABLES = ("default", "dynamic", "linear", "llama3", "longrope", "ntk", "yarn")
 """Values of rope_type for which vLLM's class is a table of cosines and sines."""
 
 _NOT_A_TABLE = {
-    "mrope_section": "turns by three positions a token",
+    "mrope_section": "turns by three positions per token",
     "use_fope": "learns its frequencies",
 }
 """What in rope_parameters makes another class of a rope_type above."""
@@ -55,8 +55,8 @@ def obstacles(config: Any, max_model_len: int) -> Iterator[str]:
 def table_of(embeddings: Sequence[nn.Module], max_model_len: int) -> Table:
     """The table that all of these rotary embeddings share.
 
-    Raises SCXUnsupportedError where they differ, where one is more than a table, and
-    where it has fewer rows than `max_model_len`.
+    Raises SCXUnsupportedError if they differ, if one is more than a table, or if it has
+    fewer rows than `max_model_len`.
     """
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
     from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import (

@@ -10,7 +10,7 @@ from scx.audit.views import BorderStep, View
 
 
 def order_by_bytes(step: BorderStep) -> torch.Tensor:
-    """The sent row (T,) that each row of the batch is, or 0 where none is.
+    """The sent row (T,) that each row of the batch is, or 0 if none is.
 
     Of equal rows any will do: qkv_proj makes the same of both.
     """

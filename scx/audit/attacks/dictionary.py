@@ -1,4 +1,4 @@
-"""Dictionaries of V in layer 0: one entry a token, whatever came before."""
+"""Dictionaries of V in layer 0: one entry per token, whatever came before."""
 
 import torch
 

@@ -18,8 +18,8 @@ def profiles(heads: torch.Tensor) -> torch.Tensor:
 
 class ManySteps(Attack):
     """All rows of V that were cached under one key, against V of public text: a feature
-    is paired with the clear one that is most alike in distribution, so that all pairs
-    together are as alike as can be.
+    is paired with the clear one of the most similar distribution, so that the pairs
+    together are as similar as possible.
 
     Source: AloePri's and GELO's column-moment attacks (arXiv 2603.01499, 2603.05035),
     with quantiles for moments.

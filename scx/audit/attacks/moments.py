@@ -32,7 +32,7 @@ def whitened_norms(heads: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
 
 class Moments(Attack):
     """Whitens cached V with its own mean and covariance, and the dictionary of layer 0
-    with those of public text; then compares M norms a token.
+    with those of public text; then compares M norms per token.
 
     Source: measured in this project.
     """
