@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_acc.logs import Arm, Setting, read_lm_eval, write_arm
-from benchmark_throughput.processes import ArmFailed as ArmFailed
-from benchmark_throughput.processes import in_own_session
-from benchmark_throughput.records import UsageError
+from lab.cli import UsageError
+from lab.processes import ArmFailed as ArmFailed
+from lab.processes import in_own_session
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 

@@ -33,8 +33,8 @@ if __name__ == "__main__":
 
 from benchmark_acc.evaluation import ArmFailed, Plan, UsageError, run_arm
 from benchmark_acc.logs import LogError, Setting
-from benchmark_throughput import harness
-from benchmark_throughput.processes import interruptible
+from lab.processes import in_new_process, interruptible
+from lab.provenance import survey
 from scx.errors import SCXError
 from scx.keys import DEFAULT_CODEC, ENC_LAYERS, get_scx_config
 
@@ -63,14 +63,14 @@ def make_plan(model: str, task: str, **chosen: Any) -> Plan:
         lm_eval = version("lm_eval")
     except PackageNotFoundError:
         raise UsageError("lm-eval is not installed: pip install -e '.[eval]'") from None
-    survey = harness.in_new_process(harness.survey, [])
+    machine = in_new_process(survey)
     setting = Setting(
         model=Path(model).resolve().name,
-        versions=survey["versions"] | {"lm-eval": lm_eval},
-        accelerator=survey["accelerator"],
+        versions=machine["versions"] | {"lm-eval": lm_eval},
+        accelerator=machine["accelerator"],
         **chosen,
     )
-    provenance = {name: survey[name] for name in ("cores", "commit", "dirty")}
+    provenance = {name: machine[name] for name in ("cores", "commit", "dirty")}
     config = get_scx_config()
     tasks = task.split(",")
     return Plan(model, tasks, setting, config.secure_device, config.codec, provenance)

@@ -35,18 +35,18 @@ from benchmark_throughput.options import (
     positive,
     read_num_hidden_layers,
 )
-from benchmark_throughput.processes import interruptible
 from benchmark_throughput.records import (
     NATIVE,
     WORKLOADS,
     Arm,
-    UsageError,
     Workload,
     append_record,
     parse_arm,
     parse_workload,
     read_records,
 )
+from lab.cli import UsageError
+from lab.processes import interruptible
 
 RESULTS = Path(__file__).parent / "results"
 SPARE_TOKENS = 8

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark_throughput.records import NATIVE, Record, UsageError, read_records
+from benchmark_throughput.records import NATIVE, Record, read_records
+from lab.cli import UsageError
 
 LEGEND = (
     "throughput: native's median tokens/s; others: ratio to native in the same round, "

@@ -7,26 +7,20 @@ imported in such processes only, after the variables are set.
 import contextlib
 import multiprocessing
 import os
-import platform
-import re
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmark_throughput.processes import ArmFailed, end_with_parent
-from benchmark_throughput.records import Arm, Record, Setting, UsageError, Workload
+from benchmark_throughput.records import Arm, Record, Setting, Workload
+from lab.processes import ArmFailed, end_with_parent
 
 POLL_SECONDS = 1.0
 CLOSE_SECONDS = 60.0
@@ -307,69 +301,3 @@ def median(values: Iterator[float]) -> float | None:
     """None where there are none."""
     values = list(values)
     return statistics.median(values) if values else None
-
-
-def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
-    """The result of `function(*args)` in a fresh interpreter."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(function, *args).result()
-
-
-def survey(arms: list[Arm]) -> dict[str, Any]:
-    """The fields of Setting that this machine decides.
-
-    Raises UsageError where scx refuses an arm, as with a device that is not
-    here. For a process of its own: variables are set and CUDA is started.
-    """
-    from scx import __version__
-    from scx.devices.cores import usable_cores
-    from scx.errors import SCXConfigError
-    from scx.keys import scx_env_init
-
-    for arm in arms:
-        try:
-            scx_env_init(arm.layers, arm.device, codec=arm.codec)
-        except SCXConfigError as error:
-            raise UsageError(f"arm {arm.name}: {error}") from error
-    import torch
-
-    commit, dirty = git_state()
-    cuda = torch.cuda.is_available()
-    others = {name: version(name) for name in ("vllm", "torch", "transformers")}
-    return {
-        "versions": {
-            "scx-vllm": __version__,
-            **others,
-            "python": platform.python_version(),
-        },
-        "accelerator": torch.cuda.get_device_name() if cuda else cpu_name(),
-        "cores": usable_cores(),
-        "commit": commit,
-        "dirty": dirty,
-    }
-
-
-def cpu_name() -> str:
-    """The CPU's model, or its architecture where the system does not say more."""
-    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return match[1] if match else platform.machine()
-
-
-def git_state() -> tuple[str | None, bool | None]:
-    """The commit of this package and whether a tracked file differs from it.
-
-    Untracked files do not count: the results of an earlier command are such.
-    """
-    git = shutil.which("git")
-    if git is None:
-        return None, None
-    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    folder = str(Path(__file__).parent)
-    run = subprocess.run(  # noqa: S603
-        [git, "-C", folder, *describe], capture_output=True, text=True
-    )
-    if run.returncode != 0:
-        return None, None
-    commit, _, dirty = run.stdout.strip().partition("-")
-    return commit, bool(dirty)

@@ -6,8 +6,12 @@ import reprlib
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmark_throughput.harness import in_new_process, survey
-from benchmark_throughput.records import Arm, Setting, UsageError
+from benchmark_throughput.records import Arm, Setting
+from lab.cli import UsageError
+from lab.processes import in_new_process
+from lab.provenance import survey
+from scx.errors import SCXConfigError
+from scx.keys import scx_env_init
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,5 +106,19 @@ def make_setting(
         in_process=in_process,
         warmups=options.warmups,
         seed=options.seed,
-        **in_new_process(survey, arms),
+        **in_new_process(survey_for, arms),
     )
+
+
+def survey_for(arms: list[Arm]) -> dict[str, Any]:
+    """The fields of Setting that this machine decides.
+
+    Raises UsageError if scx refuses an arm, as with a device that is not here. For a
+    process of its own: variables are set and CUDA is started.
+    """
+    for arm in arms:
+        try:
+            scx_env_init(arm.layers, arm.device, codec=arm.codec)
+        except SCXConfigError as error:
+            raise UsageError(f"arm {arm.name}: {error}") from error
+    return survey()

@@ -8,14 +8,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lab.cli import UsageError
+
 LAYERS = r"off|all|\d{1,9}(?:,\d{1,9})*"
 DEVICE = r"[a-z]+(?::\d+)?"
 CODEC = "permutation"
 """Of arms and records that do not say another."""
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the text is one line that says why."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmark_throughput.comparison import as_markdown
-from benchmark_throughput.records import NATIVE, Record, UsageError
+from benchmark_throughput.records import NATIVE, Record
+from lab.cli import UsageError
 
 NAMES = {0: "plain", 1: "input only"}
 """By encoded layers; the others are input and output, or say how many."""

@@ -26,10 +26,10 @@ from typing import Any
 
 from benchmark_throughput.compare import RESULTS, say
 from benchmark_throughput.comparison import as_markdown
-from benchmark_throughput.harness import in_new_process, survey
-from benchmark_throughput.options import Parser, distinct, natural, positive
-from benchmark_throughput.processes import interruptible
-from benchmark_throughput.records import NATIVE, Arm, UsageError, parse_arm
+from benchmark_throughput.options import Parser, distinct, natural, positive, survey_for
+from benchmark_throughput.records import NATIVE, Arm, parse_arm
+from lab.cli import UsageError
+from lab.processes import in_new_process, interruptible
 
 START_SECONDS = 900
 CLOSE_SECONDS = 60
@@ -188,7 +188,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     started = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
     out = options.out or RESULTS / f"{options.model.resolve().name}-serve-{started}"
     out.mkdir(parents=True, exist_ok=True)
-    described = in_new_process(survey, arms) | {"command": sys.argv[1:]}
+    described = in_new_process(survey_for, arms) | {"command": sys.argv[1:]}
     (out / "setting.json").write_text(json.dumps(described, indent=2) + "\n")
     results = {}
     arguments = [f"--seed={options.seed}", "--no-enable-prefix-caching"]

@@ -30,16 +30,16 @@ from benchmark_throughput.options import (
     positive,
     read_num_hidden_layers,
 )
-from benchmark_throughput.processes import ArmFailed, in_own_session, interruptible
 from benchmark_throughput.records import (
     CODEC,
     NATIVE,
     Arm,
     Record,
-    UsageError,
     Workload,
     parse_arm,
 )
+from lab.cli import UsageError
+from lab.processes import ArmFailed, in_own_session, interruptible
 from scx.errors import SCXError
 
 if TYPE_CHECKING:

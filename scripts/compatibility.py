@@ -208,7 +208,7 @@ def main() -> None:
 
 def save_models(folder: Path) -> None:
     # Here, so that the table can be made where there is no torch.
-    from tests import tiny_models
+    from lab import tiny_models
 
     # Two layers, as most of the time goes to their compilation.
     for name, architecture in MODELS.items():

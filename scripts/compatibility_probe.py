@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.engines import engine, greedy, in_new_process, shut_down
-from tests.tiny_models import PROMPTS
+from lab.engines import engine, greedy, in_new_process, shut_down
+from lab.tiny_models import PROMPTS
 
 LAYERS = 2
 MODELS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}

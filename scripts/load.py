@@ -28,12 +28,12 @@ from typing import Any
 import openai
 import psutil
 
-from benchmark_throughput.harness import in_new_process, survey
-from benchmark_throughput.processes import interruptible
+from benchmark_throughput.options import survey_for
 from benchmark_throughput.records import NATIVE, Arm, parse_arm
 from benchmark_throughput.serve import server
-from tests.engines import EXACT_FLOAT32
-from tests.tiny_models import SHAPE, VOCABULARY, save
+from lab.engines import EXACT_FLOAT32
+from lab.processes import in_new_process, interruptible
+from lab.tiny_models import SHAPE, VOCABULARY, save
 
 CONCURRENCY = 32
 ABORTED_SHARE = 0.1
@@ -227,7 +227,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "command": " ".join(["python -m scripts.load", *sys.argv[1:]]),
         "seed": options.seed,
-        **in_new_process(survey, [NATIVE, ENCODED]),
+        **in_new_process(survey_for, [NATIVE, ENCODED]),
         "environment": ENVIRONMENT,
         "server": arguments,
         "model": {"architecture": "LlamaForCausalLM", "head_dim": 64} | SHAPE,

@@ -14,9 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lab.engines import engine, in_new_process
+from lab.prompts import MIXED
 from scx.commands.demo_model import embedded_model
-from tests.engines import engine, in_new_process
-from tests.prompts import MIXED
 
 TOP = 20
 PREFIXES = 4

@@ -10,8 +10,8 @@ import psutil
 import pytest
 import torch
 
+from lab import tiny_models
 from scripts import gpu_tests
-from tests import tiny_models
 
 # Told to end, as by `timeout` or a CI runner, a run of tests ends its processes too.
 signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -2,8 +2,8 @@
 
 import torch
 
-from tests.engines import engine, greedy, shut_down
-from tests.tiny_models import SHAPE
+from lab.engines import engine, greedy, shut_down
+from lab.tiny_models import SHAPE
 
 LAYERS = SHAPE["num_hidden_layers"]
 PROMPT = [(11 * i + 5) % SHAPE["vocab_size"] for i in range(48)]

@@ -2,9 +2,9 @@
 
 import torch
 
+from lab.engines import engine, greedy, shut_down, watch_rows
+from lab.tiny_models import PROMPTS
 from scx.plugin import kv_store
-from tests.engines import engine, greedy, shut_down, watch_rows
-from tests.tiny_models import PROMPTS
 
 PROMPT = PROMPTS[-1]
 

@@ -1,6 +1,6 @@
 """Rotary embeddings with a table for the original length and another beyond it."""
 
-from tests import tiny_models
+from lab import tiny_models
 
 FACTORS = {
     "short_factor": [1 + i / 100 for i in range(16)],

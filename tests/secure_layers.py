@@ -7,12 +7,12 @@ import struct
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
+from lab.agreement import assert_same
 from scx import codecs
 from scx.codecs.rows import encode_rows
 from scx.devices.interface import Rank
 from scx.devices.plain import PlainSecureLayer
 from scx.keys import RootKey
-from tests.agreement import assert_same
 
 HIDDEN, HEADS, KV_HEADS = 192, 6, 2
 QKV_HEADS = HEADS + 2 * KV_HEADS

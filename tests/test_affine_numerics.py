@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lab.engines import engine, in_new_process, shut_down
 from scripts import affine_numerics
 from scx.codecs.affine import CONDITION, AffineCodec
-from tests.engines import engine, in_new_process, shut_down
 
 RECORD = Path(__file__).parent.parent / "docs" / "affine-numerics.json"
 

@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 import torch
 
+from lab.tiny_models import VOCABULARY
 from scx.audit.attacks import (
     ATTACKS,
     BatchOfOne,
@@ -49,7 +50,6 @@ from scx.audit.public_model import PublicModel
 from scx.audit.scoring import Truth, score
 from scx.audit.views import fresh_random, view_of
 from tests import audit_world
-from tests.tiny_models import VOCABULARY
 
 ALL, NOTHING = 0.95, 0.1
 LENGTHS = (6, 9, 70)

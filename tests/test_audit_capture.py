@@ -8,13 +8,13 @@ from collections import Counter
 import pytest
 import torch
 
+from lab.engines import engine, greedy, in_new_process, shut_down
+from lab.root_keys import new_key_file, root_key
+from lab.tiny_models import SHAPE, VOCABULARY
 from scx.audit.capture import Recorder
 from scx.audit.public_model import PublicModel
 from scx.codecs import permutation
-from tests.engines import engine, greedy, in_new_process, shut_down
 from tests.kv_caches import TOLERANCE, cached_tokens
-from tests.root_keys import new_key_file, root_key
-from tests.tiny_models import SHAPE, VOCABULARY
 
 LAYERS = (0, 2)
 PROMPTS = [

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
+from lab import tiny_models
+from lab.engines import in_new_process
 from scx.commands import check
-from tests import tiny_models
-from tests.engines import in_new_process
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lab import tiny_models
 from scx.__main__ import main
 from scx.commands.demo_model import embedded_model
-from tests import tiny_models
 
 LOADED = """
 import contextlib, sys

@@ -19,13 +19,13 @@ from benchmark_throughput.harness import ArmFailed, ResidentArm
 from benchmark_throughput.options import read_num_hidden_layers
 from benchmark_throughput.records import (
     Arm,
-    UsageError,
     Workload,
     append_record,
     parse_arm,
     parse_workload,
     read_records,
 )
+from lab.cli import UsageError
 from tests.records import record
 
 ROOT = Path(__file__).parent.parent

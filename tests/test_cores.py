@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from lab.engines import in_new_process
 from scx.devices import cores
-from tests.engines import in_new_process
 
 V2 = "31 24 0:26 {top} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
 # As systemd mounts version 1, with an optional field, and beside it what is no limit.

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data import make_prompts, prompts
 from data.prompts import count_tokens, load_prompt, make_prompt
+from lab.engines import engine, in_new_process
+from lab.tiny_models import VOCABULARY
 from scx.commands.demo_model import embedded_model
 from scx.errors import SCXError
-from tests.engines import engine, in_new_process
-from tests.tiny_models import VOCABULARY
 
 DATA = Path(prompts.__file__).parent
 FILES = json.loads((DATA / "prompts.json").read_text())

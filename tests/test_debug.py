@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from tests.engines import generate_each, in_new_process
-from tests.root_keys import new_key_file, root_key
-from tests.tiny_models import PROMPTS
+from lab.engines import generate_each, in_new_process
+from lab.root_keys import new_key_file, root_key
+from lab.tiny_models import PROMPTS
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from lab import tiny_models
 from scx.__main__ import main
 from scx.commands.estimate import H100, Machine, Shape, layer_seconds
 from scx.errors import SCXConfigError
-from tests import tiny_models
 
 RESULTS = Path(__file__).parent.parent / "benchmark_throughput" / "results"
 QWEN2_7B = Shape(28, 3584, 28, 4, 128)

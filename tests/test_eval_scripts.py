@@ -15,9 +15,10 @@ from benchmark_acc import evaluation, report, run_eval
 from benchmark_acc.evaluation import ArmFailed, Plan, UsageError, run_arm
 from benchmark_acc.logs import FILE, LogError, Setting, read_arm
 from benchmark_acc.tasks import passages
+from lab import tiny_models
+from lab.engines import in_new_process
 from scx.commands.demo_model import embedded_model
-from tests import acc_logs, tiny_models
-from tests.engines import in_new_process
+from tests import acc_logs
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "benchmark_acc").glob("run_eval_*.sh"))

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
+from lab.engines import generate_each, in_new_process
+from lab.tiny_models import PROMPTS, ROPE_VARIANTS, save
 from scx.codecs import plain
-from tests.engines import generate_each, in_new_process
-from tests.tiny_models import PROMPTS, ROPE_VARIANTS, save
 
 
 def alias(model, folder, architecture):

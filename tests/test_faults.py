@@ -17,16 +17,17 @@ import pytest
 import torch
 
 from benchmark_acc import evaluation
-from benchmark_throughput.records import UsageError, append_record, read_records
+from benchmark_throughput.records import append_record, read_records
+from lab.cli import UsageError
+from lab.engines import engine, generate_each, greedy, in_new_process
+from lab.tiny_models import PROMPTS
 from scx.codecs.permutation import PermutationCodec
 from scx.commands import demo_model as embedded
 from scx.devices import watchdog
 from scx.devices.plain import PlainSecureLayer
 from scx.errors import SCXError
 from scx.keys import RootKey
-from tests.engines import engine, generate_each, greedy, in_new_process
 from tests.records import record
-from tests.tiny_models import PROMPTS
 
 PROMPT = PROMPTS[3]
 
@@ -248,7 +249,7 @@ def optimised(model):
 
 SCRIPT = """
 import json, sys
-from tests.engines import in_new_process
+from lab.engines import in_new_process
 from tests.test_faults import optimised
 for layers in ("", "all"):
     env = {"SCX_ENC_LAYERS": layers}

@@ -2,9 +2,9 @@
 
 import pytest
 
+from lab.engines import engine, generate_each, greedy, in_new_process, shut_down
+from lab.tiny_models import PROMPTS, ROPE_VARIANTS, save
 from scx.commands.demo_model import embedded_model
-from tests.engines import engine, generate_each, greedy, in_new_process, shut_down
-from tests.tiny_models import PROMPTS, ROPE_VARIANTS, save
 
 ALL = {"SCX_ENC_LAYERS": "all"}
 

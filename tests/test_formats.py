@@ -11,11 +11,11 @@ import statistics
 import pytest
 import torch
 
+from lab.engines import differences, in_new_process, logprobs_each
+from lab.quantized_models import save_quantized
+from lab.tiny_models import PROMPTS
 from scx.codecs.permutation import PermutationCodec
 from scx.keys import RootKey
-from tests.engines import differences, in_new_process, logprobs_each
-from tests.quantized_models import save_quantized
-from tests.tiny_models import PROMPTS
 
 SHORT = PROMPTS[:-1]
 

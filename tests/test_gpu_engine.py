@@ -10,8 +10,7 @@ import time
 
 import pytest
 
-from scx.codecs.affine import CONDITION
-from tests.engines import (
+from lab.engines import (
     differences,
     engine,
     generate_each,
@@ -19,7 +18,8 @@ from tests.engines import (
     in_new_process,
     logprobs_each,
 )
-from tests.tiny_models import PROMPTS
+from lab.tiny_models import PROMPTS
+from scx.codecs.affine import CONDITION
 
 pytestmark = pytest.mark.gpu
 

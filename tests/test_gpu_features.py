@@ -8,8 +8,7 @@ import statistics
 import pytest
 import torch
 
-from tests import longrope
-from tests.engines import (
+from lab.engines import (
     differences,
     engine,
     generate_each,
@@ -20,11 +19,12 @@ from tests.engines import (
     shut_down,
     watch_rows,
 )
+from lab.quantized_models import save_quantized
+from lab.root_keys import new_key_file
+from lab.tiny_models import PROMPTS
+from tests import longrope
 from tests.kv_caches import EAGER, LAYERS, assert_encoded, caches
 from tests.kv_stores import run_on_store
-from tests.quantized_models import save_quantized
-from tests.root_keys import new_key_file
-from tests.tiny_models import PROMPTS
 
 pytestmark = pytest.mark.gpu
 

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lab.agreement import assert_same
 from scx import codecs
 from scx.devices import host as host_device
 from scx.devices import watchdog
@@ -36,7 +37,6 @@ from scx.kernels.protocol import (
     require_within_limits,
 )
 from scx.keys import RootKey
-from tests.agreement import assert_same
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 24, 4, 2, 8
 MAX_TOKENS = 2 * GROUP_ROWS + 100

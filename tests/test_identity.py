@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lab import tiny_models
+from lab.root_keys import identity as identity_of_folder
 from scx.plugin import identity
-from tests import tiny_models
-from tests.root_keys import identity as identity_of_folder
 
 SHAPE = {"head_dim": 64, "num_hidden_layers": 2}
 

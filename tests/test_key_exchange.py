@@ -16,18 +16,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lab import tiny_models
+from lab.engines import engine, in_new_process
+from lab.root_keys import identity, new_key_file, root_key
+from lab.tiny_models import SHAPE
 from scx.codecs.permutation import PermutationCodec
 from scx.errors import SCXConfigError
 from scx.keys import RootKey, get_scx_config
 from scx.plugin import kv_store, plan
 from scx.plugin.plan import EncodingPlan
-from tests import tiny_models
-from tests.engines import engine, in_new_process
 from tests.kv_caches import TOLERANCE, cached_tokens
 from tests.kv_stores import PROMPT, run_on_store, transfer
-from tests.root_keys import identity, new_key_file, root_key
 from tests.test_refusals import configure_each
-from tests.tiny_models import SHAPE
 
 # Of PROMPT: two blocks of the CPU backend's 128 tokens. The rest is not stored.
 STORED = 256

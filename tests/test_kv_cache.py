@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 
+from lab.engines import engine, greedy, in_new_process, shut_down
+from lab.root_keys import new_key_file, root_key
 from scx.codecs.permutation import derive_feature_key
-from tests.engines import engine, greedy, in_new_process, shut_down
 from tests.kv_caches import LAYERS, PROMPT, assert_encoded, caches
-from tests.root_keys import new_key_file, root_key
 
 COMPILED = {"enforce_eager": False}
 

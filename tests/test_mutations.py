@@ -4,8 +4,8 @@ from unittest import mock
 
 import pytest
 
+from lab.engines import engine, greedy, in_new_process, shut_down
 from scx.commands.demo_model import embedded_model
-from tests.engines import engine, greedy, in_new_process, shut_down
 
 PROMPTS = ["The capital of France is", "1, 1, 2, 3, 5, 8, 13,", "Water boils at"]
 

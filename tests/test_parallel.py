@@ -7,7 +7,7 @@ import secrets
 import pytest
 import torch
 
-from tests.engines import (
+from lab.engines import (
     ENGINE_ARGS,
     engine,
     generate_each,
@@ -15,8 +15,8 @@ from tests.engines import (
     in_new_process,
     shut_down,
 )
+from lab.tiny_models import PROMPTS
 from tests.kv_caches import LAYERS, PROMPT, TOLERANCE, cached_tokens
-from tests.tiny_models import PROMPTS
 
 PROCESSES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",

@@ -9,9 +9,9 @@ import itertools
 
 import pytest
 
+from lab.engines import generate_each, in_new_process
+from lab.prompts import MIXED
 from scx.commands.demo_model import embedded_model
-from tests.engines import generate_each, in_new_process
-from tests.prompts import MIXED
 
 TOKENS = 24
 

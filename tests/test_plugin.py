@@ -12,16 +12,16 @@ from types import SimpleNamespace
 import pytest
 
 import scx
+from lab import tiny_models
+from lab.engines import in_new_process
 from scx import keys
 from scx.errors import SCXConfigError, SCXNotEncodedError, SCXUnsupportedError
 from scx.plugin import register
 from scx.plugin.architectures import ARCHITECTURES
 from scx.plugin.configure import configure
-from tests import tiny_models
-from tests.engines import in_new_process
 
 ON = {"SCX_ENC_LAYERS": "0"}
-OTHER_CLASS = "tests.other_models:BiasedLlama"
+OTHER_CLASS = "lab.other_models:BiasedLlama"
 GROUP = "vllm.general_plugins"
 
 
@@ -110,7 +110,7 @@ def register_early(llama, mistral):
     from vllm import ModelRegistry
     from vllm.plugins import load_general_plugins
 
-    from tests.other_models import BiasedLlama
+    from lab.other_models import BiasedLlama
 
     ModelRegistry.register_model("MistralForCausalLM", BiasedLlama)
     load_general_plugins()
@@ -454,7 +454,7 @@ def serve_unseen(model, log, arguments):
     from vllm.config import VllmConfig
     from vllm.plugins import load_general_plugins
 
-    from tests.engines import engine as start
+    from lab.engines import engine as start
 
     load_general_plugins()
     ours = VllmConfig.try_verify_and_update_config

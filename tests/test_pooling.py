@@ -2,9 +2,9 @@
 
 import torch
 
-from tests import tiny_models
-from tests.engines import engine, in_new_process, shut_down
-from tests.tiny_models import PROMPTS
+from lab import tiny_models
+from lab.engines import engine, in_new_process, shut_down
+from lab.tiny_models import PROMPTS
 
 YES, NO = "yes", "no"
 

@@ -15,18 +15,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmark_throughput.processes import in_own_session, interruptible
+from lab.processes import in_own_session, interruptible
 from tests.test_compare import gone
 
 ROOT = Path(__file__).parent.parent
 # Before the commands' modules take it.
 PREPARED = """
 import sys
-from benchmark_throughput import harness
-harness.in_new_process = lambda *_: {
+from lab import processes
+processes.in_new_process = lambda *_: {
     "versions": {}, "accelerator": "", "cores": 1, "commit": None, "dirty": None
 }
-from benchmark_throughput import compare, serve, single
+from benchmark_throughput import compare, harness, serve, single
 from tests import test_processes
 """
 COMMANDS = {
@@ -58,7 +58,7 @@ def hold(*_):
 
 
 def serve_nothing(*_):
-    from benchmark_throughput.processes import end_with_parent
+    from lab.processes import end_with_parent
 
     os.setpgrp()
     end_with_parent()
@@ -162,7 +162,7 @@ def test_a_script_of_several_runs(tmp_path):
 
 
 STAND_IN = """
-from benchmark_throughput.processes import in_own_session, interruptible
+from lab.processes import in_own_session, interruptible
 from tests.test_processes import hold
 with interruptible():
     in_own_session(hold)

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from lab import tiny_models
+from lab.engines import in_new_process
 from scx import codecs
 from scx.errors import SCXUnsupportedError
 from scx.keys import SCXConfig
 from scx.plugin.architectures import encoded_architectures
 from scx.plugin.refusals import model_obstacles, require_cache
-from tests import tiny_models
-from tests.engines import in_new_process
 
 DRAFTING = {
     "draft_model": ("LlamaForCausalLM", "llama"),
@@ -430,9 +430,9 @@ def test_turned_on_after_a_plain_engine_was_configured(llama):
 
 def build_in_worker_without_variables(model):
     """What a remote worker meets that was not given our variables."""
+    from lab.engines import engine
     from scx import keys
     from scx.plugin import register
-    from tests.engines import engine
 
     configure = register.configure
 
@@ -479,8 +479,8 @@ def run_a_stale_graph(model, compiled):
     """What a wrong compiled graph does: the layer's operator is never called."""
     from vllm.model_executor.models.llama import LlamaAttention
 
+    from lab.engines import engine, greedy
     from scx.models.llama_scx import LlamaSCXAttention
-    from tests.engines import engine, greedy
 
     LlamaSCXAttention.forward = LlamaAttention.forward
     stage = "start"

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from lab import tiny_models
+from lab.engines import generate_each, in_new_process
 from scx.codecs import plain
 from scx.errors import SCXUnsupportedError
 from scx.plugin import rotary
-from tests import longrope, tiny_models
-from tests.engines import generate_each, in_new_process
+from tests import longrope
 
 HEAD_DIM = 32
 ROPES = (

@@ -6,8 +6,8 @@ cache, requests preempted. They are vLLM's own, those of its /metrics.
 
 import pytest
 
-from tests.engines import engine, greedy, in_new_process, shut_down
-from tests.tiny_models import PROMPTS, save
+from lab.engines import engine, greedy, in_new_process, shut_down
+from lab.tiny_models import PROMPTS, save
 
 WINDOW = 32
 LONG = PROMPTS[-1]

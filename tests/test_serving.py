@@ -11,9 +11,9 @@ import pytest
 
 from benchmark_throughput.records import NATIVE, parse_arm
 from benchmark_throughput.serve import server
+from lab.engines import EXACT_FLOAT32
+from lab.prompts import MIXED
 from scx.commands.demo_model import embedded_model
-from tests.engines import EXACT_FLOAT32
-from tests.prompts import MIXED
 
 # Two servers start, one after the other.
 pytestmark = pytest.mark.slow

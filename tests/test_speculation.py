@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 
+from lab.engines import engine, generate_each, greedy, in_new_process, shut_down
 from scx.commands.demo_model import embedded_model
-from tests.engines import engine, generate_each, greedy, in_new_process, shut_down
 
 TEXTS = [
     "one two three four one two three four one two three four one two",

@@ -1,4 +1,4 @@
-"""Real engines for tests, each setting of the variables in a process of its own.
+"""Real engines, each setting of the variables in a process of its own.
 
 One process holds one setting (vLLM reads plugins once), but any number of
 engines. vLLM is imported in one server process, from which the children fork: its

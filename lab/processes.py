@@ -7,10 +7,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmark_throughput.records import UsageError
+from lab.cli import UsageError
 from scx.errors import SCXError
 
 PATIENCE = 30
@@ -38,6 +39,13 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """The result of `function(*args)` in a fresh interpreter."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *args).result()
 
 
 def in_own_session(function: Callable[..., Any], *arguments: Any) -> Any:
