@@ -8,12 +8,13 @@ PyPI wheel, as a Qwen2 model.
 """
 
 import argparse
-import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+
+from lab.cli import Parser
+from lab.processes import in_new_process
 
 PROMPT = "The capital of France is"
 
@@ -65,12 +66,6 @@ def crossed_bytes(model: Any) -> int:
     )
 
 
-def in_new_process(enc_layers: str, options: argparse.Namespace) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(run_arm, enc_layers, options).result()
-
-
 def default_layers(model: str) -> str:
     """The first and the last layer of the model."""
     from transformers import AutoConfig
@@ -79,7 +74,7 @@ def default_layers(model: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("model", nargs="?", metavar="MODEL_PATH")
     parser.add_argument("--enc-layers", help="default: the first and the last layer")
     parser.add_argument("--secure-device", default="cpu")
@@ -105,12 +100,12 @@ def main() -> int:
     layers = options.enc_layers or default_layers(options.model)
 
     print(f"Model {options.model}\nPlain run ...", flush=True)
-    plain = in_new_process("", options)
+    plain = in_new_process(run_arm, "", options)
     print(
         f"Encoded run, layers {layers}, secure device {options.secure_device} ...",
         flush=True,
     )
-    encoded = in_new_process(layers, options)
+    encoded = in_new_process(run_arm, layers, options)
 
     same = sum(a == b for a, b in zip(plain["tokens"], encoded["tokens"], strict=True))
     ratio = encoded["tokens_per_second"] / plain["tokens_per_second"]

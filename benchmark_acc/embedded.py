@@ -7,7 +7,6 @@ with all of them under the affine codec. Arms of the same setting that are there
 already stay as they are.
 """
 
-import argparse
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import get_args
 from benchmark_acc.evaluation import run_arm
 from benchmark_acc.logs import FILE, read_arm
 from benchmark_acc.run_eval import arm_name, exit_status, make_plan, say
+from lab.cli import Parser
 from scx.commands.demo_model import Architecture, embedded_model
 from scx.keys import DEFAULT_CODEC
 
@@ -53,7 +53,7 @@ def evaluate_all(out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     return exit_status(lambda: evaluate_all(options.out))

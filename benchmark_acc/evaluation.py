@@ -13,7 +13,6 @@ from typing import Any
 
 from benchmark_acc.logs import Arm, Setting, read_lm_eval, write_arm
 from lab.cli import UsageError
-from lab.processes import ArmFailed as ArmFailed
 from lab.processes import in_own_session
 
 TASKS = Path(__file__).resolve().parent / "tasks"

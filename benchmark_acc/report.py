@@ -7,7 +7,6 @@ each metric is its standard error; beside its difference to the plain arm is tha
 the difference, which is the smaller one, because both arms answered the same samples.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -15,7 +14,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from tabulate import tabulate
 
@@ -24,6 +22,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmark_acc.logs import FILE, Arm, LogError, Task, read_arm
+from lab.cli import Parser
 
 PLAIN = "plain"
 
@@ -212,17 +211,8 @@ def with_stderr(figure: Figure, form: str, error_form: str) -> str:
     return f"{figure.value:{form}} ± {stderr}"
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     try:
         print(report(find_arms(parser.parse_args(arguments).folders)))

@@ -31,9 +31,10 @@ if __name__ == "__main__":
     # A script looks for modules in its own folder; these are named from the root.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmark_acc.evaluation import ArmFailed, Plan, UsageError, run_arm
+from benchmark_acc.evaluation import Plan, run_arm
 from benchmark_acc.logs import LogError, Setting
-from lab.processes import in_new_process, interruptible
+from lab.cli import UsageError
+from lab.processes import ArmFailed, in_new_process, interruptible
 from lab.provenance import survey
 from scx.errors import SCXError
 from scx.keys import DEFAULT_CODEC, ENC_LAYERS, get_scx_config

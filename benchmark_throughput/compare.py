@@ -27,7 +27,6 @@ from benchmark_throughput.harness import (
     make_record,
 )
 from benchmark_throughput.options import (
-    Parser,
     add_engine_options,
     distinct,
     make_setting,
@@ -45,7 +44,7 @@ from benchmark_throughput.records import (
     parse_workload,
     read_records,
 )
-from lab.cli import UsageError
+from lab.cli import Parser, UsageError
 from lab.processes import interruptible
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,11 +52,7 @@ SPARE_TOKENS = 8
 
 
 def parser() -> Parser:
-    parser = Parser(
-        prog="python -m benchmark_throughput.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m benchmark_throughput.compare", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=Path, metavar="PATH", help="a model's folder")
     what.add_argument(

@@ -4,7 +4,7 @@ import argparse
 import json
 import reprlib
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from benchmark_throughput.records import Arm, Setting
 from lab.cli import UsageError
@@ -12,13 +12,6 @@ from lab.processes import in_new_process
 from lab.provenance import survey
 from scx.errors import SCXConfigError
 from scx.keys import scx_env_init
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def positive(text: str) -> int:

@@ -8,7 +8,6 @@ Their runs were not next to each other, so drift of the machine is in the figure
 `python -m benchmark_throughput.compare` has none of it.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from benchmark_throughput.comparison import as_markdown
 from benchmark_throughput.records import NATIVE, Record
-from lab.cli import UsageError
+from lab.cli import Parser, UsageError
 
 NAMES = {0: "plain", 1: "input only"}
 """By encoded layers; the others are input and output, or say how many."""
@@ -120,19 +119,14 @@ def plot(groups: list[list[Record]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark_throughput.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m benchmark_throughput.report", description=__doc__)
     parser.add_argument("logs", type=Path, nargs="+", metavar="LOG")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     options = parser.parse_args(arguments)
     try:
         groups = groups_of([read_log(path) for path in options.logs])
     except UsageError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
     for group in groups:
         rows = [row(record, group[0]) for record in group]
         table = as_markdown([[*rows[0]], *([*each.values()] for each in rows)])

@@ -26,9 +26,9 @@ from typing import Any
 
 from benchmark_throughput.compare import RESULTS, say
 from benchmark_throughput.comparison import as_markdown
-from benchmark_throughput.options import Parser, distinct, natural, positive, survey_for
+from benchmark_throughput.options import distinct, natural, positive, survey_for
 from benchmark_throughput.records import NATIVE, Arm, parse_arm
-from lab.cli import UsageError
+from lab.cli import Parser, UsageError
 from lab.processes import in_new_process, interruptible
 
 START_SECONDS = 900
@@ -38,11 +38,7 @@ METRICS = ("ttft", "tpot", "itl")
 
 
 def parser() -> Parser:
-    parser = Parser(
-        prog="python -m benchmark_throughput.serve",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m benchmark_throughput.serve", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="PATH")
     parser.add_argument(
         "--arm",

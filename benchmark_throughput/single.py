@@ -23,7 +23,6 @@ from benchmark_throughput.harness import (
     timed_run,
 )
 from benchmark_throughput.options import (
-    Parser,
     add_engine_options,
     make_setting,
     natural,
@@ -38,7 +37,7 @@ from benchmark_throughput.records import (
     Workload,
     parse_arm,
 )
-from lab.cli import UsageError
+from lab.cli import Parser, UsageError
 from lab.processes import ArmFailed, in_own_session, interruptible
 from scx.errors import SCXError
 

@@ -13,7 +13,7 @@ import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from data.prompts import make_prompt  # noqa: E402
+from lab.cli import Parser  # noqa: E402
 from scx.errors import SCXError  # noqa: E402
 
 LENGTHS = "1024,4096,8192,32768"
@@ -75,13 +76,6 @@ def replace(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def token_counts(text: str) -> list[int]:
     if not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not like {LENGTHS}")
@@ -89,9 +83,7 @@ def token_counts(text: str) -> list[int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--tokenizer", help="a model's folder (default: the embedded)")
     parser.add_argument("--lengths", type=token_counts, default=LENGTHS, help="in tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the text (default: 0)")

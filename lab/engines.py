@@ -5,12 +5,12 @@ engines. vLLM is imported in one server process, from which the children fork: i
 plugins are not loaded there, and what it reads of the variables it reads later.
 """
 
-import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from lab import processes
 
 _IMPORTED = ("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.worker_base")
 
@@ -35,9 +35,7 @@ ENGINE_ARGS = {
 def in_new_process(
     function: Callable[..., Any], *args: Any, env: dict[str, str] | None = None
 ) -> Any:
-    """The result of `function(*args)` in a process of its own with `env` set."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_IMPORTED))
+    """As that of lab.processes, with variables for engines and those of `env` set."""
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -46,19 +44,8 @@ def in_new_process(
         "TRITON_F32_DEFAULT": EXACT_FLOAT32,
         "SCX_ENC_LAYERS": "",
     }
-    with ProcessPoolExecutor(
-        1,
-        context,
-        initializer=_set,
-        initargs=(os.environ | settings | (env or {}),),
-    ) as pool:
-        return pool.submit(function, *args).result()
-
-
-def _set(variables: dict[str, str]) -> None:
-    # The server has the variables of the test that started it.
-    os.environ.clear()
-    os.environ.update(variables)
+    variables = os.environ | settings | (env or {})
+    return processes.in_new_process(function, *args, env=variables, preload=_IMPORTED)
 
 
 def engine(model: Path, **engine_args: Any) -> Any:

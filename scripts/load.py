@@ -31,6 +31,7 @@ import psutil
 from benchmark_throughput.options import survey_for
 from benchmark_throughput.records import NATIVE, Arm, parse_arm
 from benchmark_throughput.serve import server
+from lab.cli import Parser
 from lab.engines import EXACT_FLOAT32
 from lab.processes import in_new_process, interruptible
 from lab.tiny_models import SHAPE, VOCABULARY, save
@@ -259,11 +260,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.load",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m scripts.load", description=__doc__)
     parser.add_argument("--requests", type=int, default=1000, help="(default: 1000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

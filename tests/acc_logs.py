@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmark_acc.evaluation import UsageError
+from lab.cli import UsageError
 
 DATE = "2026-01-02T03-04-05.678901"
 FIGURES = {"acc,none": 0.5, "perplexity,none": 2.0}

@@ -12,11 +12,13 @@ import pytest
 
 from benchmark_acc import embedded as embedded_results
 from benchmark_acc import evaluation, report, run_eval
-from benchmark_acc.evaluation import ArmFailed, Plan, UsageError, run_arm
+from benchmark_acc.evaluation import Plan, run_arm
 from benchmark_acc.logs import FILE, LogError, Setting, read_arm
 from benchmark_acc.tasks import passages
 from lab import tiny_models
+from lab.cli import UsageError
 from lab.engines import in_new_process
+from lab.processes import ArmFailed
 from scx.commands.demo_model import embedded_model
 from tests import acc_logs
 
