@@ -15,14 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tabulate import tabulate
-
 if __name__ == "__main__":
     # A script looks for modules in its own folder; these are named from the root.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmark_acc.logs import FILE, Arm, LogError, Task, read_arm
 from lab.cli import Parser
+from lab.tables import as_markdown
 
 PLAIN = "plain"
 
@@ -175,7 +174,7 @@ def task_table(arms: list[Arm], name: str) -> str:
             {"model": arm.model, "type": arm.dtype, "arm": arm.arm}
             | cells(task, reference, arm.arm == PLAIN)
         )
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    return as_markdown(rows)
 
 
 def documents(task: Task) -> list[tuple[int, str]]:

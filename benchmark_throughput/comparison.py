@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmark_throughput.records import NATIVE, Record, read_records
 from lab.cli import UsageError
+from lab.tables import as_markdown, as_text
 
 LEGEND = (
     "throughput: native's median tokens/s; others: ratio to native in the same round, "
@@ -146,24 +147,6 @@ def ratio_cell(ratios: list[float]) -> str:
 
 def milliseconds(seconds: float | None) -> list[float]:
     return [] if seconds is None else [1000 * seconds]
-
-
-def as_text(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(row: list[str]) -> str:
-        first, *others = (
-            cell.rjust(width) for cell, width in zip(row, widths, strict=True)
-        )
-        return "  ".join([first.strip().ljust(widths[0]), *others])
-
-    return "\n".join(map(line, rows))
-
-
-def as_markdown(rows: list[list[str]]) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    rule = "|---|" + "---:|" * (len(rows[0]) - 1)
-    return "\n".join([head, rule, *body])
 
 
 def report(

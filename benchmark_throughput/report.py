@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmark_throughput.comparison import as_markdown
 from benchmark_throughput.records import NATIVE, Record
 from lab.cli import Parser, UsageError
+from lab.tables import as_markdown
 
 NAMES = {0: "plain", 1: "input only"}
 """By encoded layers; the others are input and output, or say how many."""
@@ -129,8 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     for group in groups:
         rows = [row(record, group[0]) for record in group]
-        table = as_markdown([[*rows[0]], *([*each.values()] for each in rows)])
-        print(f"{title(group[0])}\n\n{table}\n")
+        print(f"{title(group[0])}\n\n{as_markdown(rows)}\n")
     if options.plot is not None:
         plot(groups, options.plot)
     return 0

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_throughput.compare import RESULTS, say
-from benchmark_throughput.comparison import as_markdown
 from benchmark_throughput.options import distinct, natural, positive, survey_for
 from benchmark_throughput.records import NATIVE, Arm, parse_arm
 from lab.cli import Parser, UsageError
 from lab.processes import in_new_process, interruptible
+from lab.tables import as_markdown
 
 START_SECONDS = 900
 CLOSE_SECONDS = 60

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.cli import Parser
+from lab.tables import as_markdown
 from scripts.compatibility_probe import CHECKS, LAYERS, MODELS
 
 REPOSITORY = Path(__file__).parent.parent
@@ -140,6 +141,19 @@ def merge(old: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]
 def markdown(rows: list[dict[str, Any]]) -> str:
     found = [entry for entry in rows if "checks" in entry]
     unknown = [entry["vllm"] for entry in rows if "checks" not in entry]
+    table = [
+        {
+            "vLLM": entry["vllm"],
+            "torch": entry["versions"]["torch"],
+            "transformers": entry["versions"]["transformers"],
+            **{
+                name: "pass" if entry["checks"][name] == "pass" else "fail"
+                for name in CHECKS
+            },
+            "date": entry["date"],
+        }
+        for entry in found
+    ]
     lines = [
         "# Versions of vLLM",
         "",
@@ -148,19 +162,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "eager and compiled with a shared compile cache, and compares tokens. `refusal`",
         "is that of a layer that the model does not have.",
         "",
-        f"| vLLM | torch | transformers | {' | '.join(CHECKS)} | date |",
-        f"|---|---|---|{'---|' * len(CHECKS)}---|",
+        as_markdown(table),
     ]
-    for entry in found:
-        checks, versions = entry["checks"], entry["versions"]
-        cells = [
-            entry["vllm"],
-            versions["torch"],
-            versions["transformers"],
-            *("pass" if checks[name] == "pass" else "fail" for name in CHECKS),
-            entry["date"],
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
     notes = [
         f"- {entry['vllm']}, {name}: {outcome}"
         for entry in found

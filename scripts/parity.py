@@ -16,6 +16,7 @@ from typing import Any
 
 from lab.engines import engine, in_new_process
 from lab.prompts import MIXED
+from lab.tables import as_markdown
 from scx.commands.demo_model import embedded_model
 
 TOP = 20
@@ -96,6 +97,18 @@ def markdown(results: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {number}" for name, number in results["versions"].items()
     )
+    rows = [
+        {
+            "model": model,
+            "arm": arm,
+            "prefixes": str(row["prefixes"]),
+            "same top token": f"{row['top1_agreement']:.1%}",
+            "mean difference": f"{row['mean_difference']:.3f}",
+            "largest": f"{row['largest_difference']:.3f}",
+        }
+        for model, arms in results["models"].items()
+        for arm, row in arms.items()
+    ]
     lines = [
         "# Encoded and native logits in bfloat16, against float32",
         "",
@@ -104,16 +117,10 @@ def markdown(results: dict[str, Any]) -> str:
         f"next token, up to {TOP} of them.",
         "Written by `python -m scripts.parity`.",
         "",
-        "| model | arm | prefixes | same top token | mean difference | largest |",
-        "|---|---|---|---|---|---|",
+        as_markdown(rows),
+        "",
     ]
-    for model, arms in results["models"].items():
-        for arm, row in arms.items():
-            lines.append(
-                f"| {model} | {arm} | {row['prefixes']} | {row['top1_agreement']:.1%} "
-                f"| {row['mean_difference']:.3f} | {row['largest_difference']:.3f} |"
-            )
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ def entry(vllm, **found):
 def tables(text):
     """The cells of each row, and the notes."""
     lines = text.splitlines()
-    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| 0.")]
+    rows = [
+        re.split(r" +\| +", line.strip("| ")) for line in lines if line.startswith("| 0.")
+    ]
     return rows, [line for line in lines if line.startswith("- ")]
 
 
