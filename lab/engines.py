@@ -54,6 +54,27 @@ def engine(model: Path, **engine_args: Any) -> Any:
     return LLM(model=str(model), **(ENGINE_ARGS | engine_args))
 
 
+def configure_each(
+    cases: list[tuple[dict[str, Any], dict[str, str]]],
+) -> list[tuple[str, Any]]:
+    """For each (engine arguments, variables): error type and text, or scx's record."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    results: list[tuple[str, Any]] = []
+    for arguments, variables in cases:
+        before = dict(os.environ)
+        os.environ.update(variables)
+        try:
+            engine_args = EngineArgs(skip_tokenizer_init=True, **arguments)
+            record = engine_args.create_engine_config().additional_config.get("scx")
+            results.append(("configured", record))
+        except Exception as error:  # whatever it is, it is the outcome
+            results.append((type(error).__name__, str(error)))
+        os.environ.clear()
+        os.environ.update(before)
+    return results
+
+
 def greedy(
     llm: Any, prompts: list[Any], max_tokens: int = 16, **sampling: Any
 ) -> list[list[int]]:

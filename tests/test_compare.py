@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +27,7 @@ from benchmark_throughput.records import (
 )
 from lab.cli import UsageError
 from tests.records import record
+from tests.stand_ins import alive, gone
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 300
@@ -248,21 +248,6 @@ def resident(monkeypatch):
     yield resident
     resident.close()
     assert gone([int(resident.build_seconds)])
-
-
-def gone(pids, seconds=10.0):
-    """Whether all of them end in time."""
-    deadline = time.monotonic() + seconds
-    while (running := any(map(alive, pids))) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return not running
-
-
-def alive(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_a_resident_arm_answers_and_leaves_no_process(resident):

@@ -19,7 +19,7 @@ import torch
 from benchmark_acc import evaluation
 from benchmark_throughput.records import append_record, read_records
 from lab.cli import UsageError
-from lab.engines import engine, generate_each, greedy, in_new_process
+from lab.engines import configure_each, engine, generate_each, greedy, in_new_process
 from lab.tiny_models import PROMPTS
 from scx.codecs.permutation import PermutationCodec
 from scx.commands import demo_model as embedded
@@ -240,8 +240,6 @@ def test_the_embedded_model_needs_a_folder_of_the_user(monkeypatch, tmp_path):
 
 def optimised(model):
     """Whether asserts are off, tokens, and what is refused."""
-    from tests.test_refusals import configure_each
-
     tokens = generate_each([{"model": model, "skip_tokenizer_init": True}], [PROMPT])
     refused = configure_each([({"model": model, "enable_lora": True}, {})])
     return not __debug__, tokens, refused

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lab import tiny_models
-from lab.engines import engine, in_new_process
+from lab.engines import configure_each, engine, in_new_process
 from lab.root_keys import identity, new_key_file, root_key
 from lab.tiny_models import SHAPE
 from scx.codecs.permutation import PermutationCodec
@@ -27,7 +27,6 @@ from scx.plugin import kv_store, plan
 from scx.plugin.plan import EncodingPlan
 from tests.kv_caches import TOLERANCE, cached_tokens
 from tests.kv_stores import PROMPT, run_on_store, transfer
-from tests.test_refusals import configure_each
 
 # Of PROMPT: two blocks of the CPU backend's 128 tokens. The rest is not stored.
 STORED = 256

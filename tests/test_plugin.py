@@ -290,7 +290,7 @@ def what_runs_is_refused():
 
     from scx.models.base import _require_stock
     from scx.models.qwen3_scx import Qwen3SCXAttention
-    from tests.test_rotary import ROPES, build
+    from tests.ropes import ROPES, build
 
     class Mine(Qwen3Attention):
         pass

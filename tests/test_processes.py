@@ -16,53 +16,34 @@ import psutil
 import pytest
 
 from lab.processes import in_own_session, interruptible
-from tests.test_compare import gone
+from tests.stand_ins import gone
 
 ROOT = Path(__file__).parent.parent
 # Before the commands' modules take it.
 PREPARED = """
-import sys
+import pathlib, sys
 from lab import processes
 processes.in_new_process = lambda *_: {
     "versions": {}, "accelerator": "", "cores": 1, "commit": None, "dirty": None
 }
 from benchmark_throughput import compare, harness, serve, single
-from tests import test_processes
+from tests import stand_ins
 """
 COMMANDS = {
     "compare": """
-harness.serve = test_processes.serve_nothing
+harness.serve = stand_ins.serve_nothing
 sys.exit(compare.main())
 """,
     "single": """
-single.run = test_processes.hold
+single.run = stand_ins.hold
 sys.exit(single.main("", "qwen2"))
 """,
     "serve": """
-serve.vllm = lambda *_: [sys.executable, "-c", test_processes.SERVER]
-serve.RESULTS = test_processes.Path(sys.argv[-1])
+serve.vllm = lambda *_: [sys.executable, "-c", stand_ins.SERVER]
+serve.RESULTS = pathlib.Path(sys.argv[-1])
 sys.exit(serve.main())
 """,
 }
-SERVER = "from tests.test_processes import hold; hold()"
-
-
-def hold(*_):
-    """Start a process, leave both numbers in a file, and wait to be ended."""
-    other = subprocess.Popen(["sleep", "300"])  # noqa: S607
-    file = Path(os.environ["PIDS"])
-    draft = file.with_suffix(".draft")
-    draft.write_text(f"{os.getpid()} {other.pid}")
-    draft.rename(file)
-    time.sleep(300)
-
-
-def serve_nothing(*_):
-    from lab.processes import end_with_parent
-
-    os.setpgrp()
-    end_with_parent()
-    hold()
 
 
 def ignore_interrupts_alone():
@@ -163,7 +144,7 @@ def test_a_script_of_several_runs(tmp_path):
 
 STAND_IN = """
 from lab.processes import in_own_session, interruptible
-from tests.test_processes import hold
+from tests.stand_ins import hold
 with interruptible():
     in_own_session(hold)
 """

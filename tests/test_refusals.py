@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from lab import tiny_models
-from lab.engines import in_new_process
+from lab.engines import configure_each, in_new_process
 from scx import codecs
 from scx.errors import SCXUnsupportedError
 from scx.keys import SCXConfig
@@ -24,25 +24,6 @@ DRAFTING = {
     "medusa": ("MedusaModel", "medusa"),
 }
 """Speculative methods with a draft model: its architecture and model type."""
-
-
-def configure_each(cases):
-    """For each (engine arguments, variables): error type and text, or the record."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    results = []
-    for arguments, variables in cases:
-        before = dict(os.environ)
-        os.environ.update(variables)
-        try:
-            engine_args = EngineArgs(skip_tokenizer_init=True, **arguments)
-            record = engine_args.create_engine_config().additional_config.get("scx")
-            results.append(("configured", record))
-        except Exception as error:
-            results.append((type(error).__name__, str(error)))
-        os.environ.clear()
-        os.environ.update(before)
-    return results
 
 
 def outcomes(cases, env):

@@ -10,17 +10,8 @@ from scx.codecs import plain
 from scx.errors import SCXUnsupportedError
 from scx.plugin import rotary
 from tests import longrope
+from tests.ropes import HEAD_DIM, POSITIONS, ROPES, build
 
-HEAD_DIM = 32
-ROPES = (
-    tiny_models.ROPE_VARIANTS
-    | {
-        "dynamic with alpha": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 4.0},
-        "ntk": {"rope_type": "ntk", "rope_theta": 1e4, "factor": 2.0},
-        "partial": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
-    }
-    | longrope.VARIANTS
-)
 OTHER = {
     "three positions": {"rope_type": "default", "mrope_section": [4, 6, 6]},
     "deepseek": {
@@ -29,7 +20,6 @@ OTHER = {
         "original_max_position_embeddings": 512,
     },
 }
-POSITIONS = 1024
 
 
 class Config:
@@ -37,25 +27,6 @@ class Config:
 
     def __init__(self, rope):
         self.rope_parameters = rope
-
-
-def build(rope, dtype=torch.float32, max_model_len=256):
-    """What vLLM builds of rope_parameters, in an engine of that length."""
-    from unittest import mock
-
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor.layers.rotary_embedding import get_rope
-    from vllm.model_executor.layers.rotary_embedding import (
-        phi3_long_rope_scaled_rope as vllms_longrope,
-    )
-
-    length = mock.Mock(**{"return_value.model_config.max_model_len": max_model_len})
-    with (
-        set_current_vllm_config(VllmConfig()),
-        mock.patch.object(vllms_longrope, "get_current_vllm_config", length),
-        mock.patch("vllm.model_executor.layers.rotary_embedding._ROPE_DICT", {}),
-    ):
-        return get_rope(HEAD_DIM, POSITIONS, True, dict(rope), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

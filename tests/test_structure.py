@@ -12,6 +12,7 @@ import pytest
 import scx
 
 PACKAGE = Path(scx.__file__).parent
+ROOT = PACKAGE.parent
 
 # What each room may import. Everything points down.
 ALLOWED = {
@@ -40,8 +41,8 @@ def imported(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            if node.module == "scx":
-                yield from (f"scx.{alias.name}" for alias in node.names)
+            if node.module in ("scx", "tests"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 yield node.module
 
@@ -60,6 +61,20 @@ def test_imports_run_one_way(path):
             assert target in ALLOWED[room(path)], f"{path.name} imports {name}"
         elif top == "vllm":
             assert room(path) in MAY_IMPORT_VLLM, f"{path.name} imports {name}"
+
+
+TOPS = ("lab", "benchmark_throughput", "benchmark_acc", "scripts", "data", "tests")
+FILES = [
+    (top, path) for top in ("scx", *TOPS) for path in sorted((ROOT / top).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize(("top", "path"), FILES, ids=str)
+def test_what_is_shipped_needs_no_lab_and_only_tests_need_tests(top, path):
+    refused = {"scx": TOPS, "lab": TOPS[1:], "tests": ()}.get(top, ("tests",))
+    for name in imported(path):
+        assert name.partition(".")[0] not in refused, name
+        assert not name.startswith("tests.test_"), name
 
 
 def test_importing_the_package_loads_neither_torch_nor_vllm():
@@ -88,5 +103,5 @@ def test_nothing_is_guarded_by_assert_or_a_blanket_except(path):
 
 
 def test_the_rooms_stand_in_contributing_in_this_order():
-    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("## Rooms")[2]
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("## Rooms")[2]
     assert re.findall(r"(?m)^\| `(\w+)` \|", text) == list(ALLOWED)
