@@ -18,7 +18,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmark_throughput.comparison import CURVES, report
 from benchmark_throughput.harness import (
     ArmFailed,
     Plan,
@@ -34,6 +33,7 @@ from benchmark_throughput.options import (
     positive,
     read_num_hidden_layers,
 )
+from benchmark_throughput.ratios import CURVES, report
 from benchmark_throughput.records import (
     NATIVE,
     WORKLOADS,

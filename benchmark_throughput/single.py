@@ -1,7 +1,7 @@
 """Throughput of one engine, plain or encoded: what the scripts beside it share.
 
 It prints a log for people, whose last line is a record in JSON. Such logs, of the
-same machine and setting, are compared by `python -m benchmark_throughput.report`.
+same machine and setting, are compared by `python -m benchmark_throughput.overhead`.
 """
 
 import argparse

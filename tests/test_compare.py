@@ -13,8 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from benchmark_throughput import compare, harness
-from benchmark_throughput import comparison as report
+from benchmark_throughput import compare, harness, ratios
 from benchmark_throughput.harness import ArmFailed, ResidentArm
 from benchmark_throughput.options import read_num_hidden_layers
 from benchmark_throughput.records import (
@@ -105,7 +104,7 @@ def test_other_lines_are_refused_with_their_number(line, tmp_path):
 
 
 def test_ratios_are_of_speeds_of_the_same_round():
-    (comparison,) = report.compare(
+    (comparison,) = ratios.compare(
         [
             record("native", [1.0, 2.0, 4.0]),  # the machine slows down
             record("0@cpu", [1.25, 4.0, 8.0]),  # and the arm is slowed as well
@@ -120,7 +119,7 @@ def test_ratios_are_of_speeds_of_the_same_round():
 
 
 def test_tables():
-    (comparison,) = report.compare(
+    (comparison,) = ratios.compare(
         [
             record("0@cpu", [2.0, 2.0, 5.0], cpu_ratio=[1.0, 4.0, 2.0]),
             record("native", [1.0, 2.0, 4.0], ttft_seconds=0.25, tpot_seconds=0.0125),
@@ -130,7 +129,7 @@ def test_tables():
     )
     assert comparison.arms == ["native", "0@cpu", "off"]
     workloads = ["w 1x60+40", "v 1x60+40"]
-    assert report.tables(comparison) == [
+    assert ratios.tables(comparison) == [
         [
             ["throughput", *workloads],
             ["native", "50.0", "20.0"],
@@ -159,8 +158,8 @@ def test_tables():
 
 
 def curve(name, *records):
-    (comparison,) = report.compare(list(records))
-    return report.curve_points(comparison, report.CURVES[name])
+    (comparison,) = ratios.compare(list(records))
+    return ratios.curve_points(comparison, ratios.CURVES[name])
 
 
 def test_a_curve_over_layers():
@@ -197,7 +196,7 @@ def test_unequal_settings_are_not_compared():
         for accelerator, seconds in (("slow", 4.0), ("fast", 1.0))
         for arm in ("native", "0@cpu")
     ]
-    slow, fast = report.compare(records)
+    slow, fast = ratios.compare(records)
     assert slow.native("w 1x60+40") == 25.0
     assert slow.ratios("0@cpu", "w 1x60+40") == fast.ratios("0@cpu", "w 1x60+40") == [1]
 
@@ -210,7 +209,7 @@ def test_missing_native_is_an_error(changes):
     if changes:
         records.append(record("native", [1.0]))
     with pytest.raises(UsageError, match="no native record to compare 0@cpu with"):
-        report.compare(records)
+        ratios.compare(records)
 
 
 def test_in_turn():
@@ -303,17 +302,51 @@ def test_reports_of_files(tmp_path):
     assert "no native record" in run.stderr
 
 
-@pytest.mark.parametrize("curve", [None, "layers"])
-def test_the_plot_is_a_picture(curve, tmp_path):
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "new" / "p.png"
-    records = [
-        record("native", [1.0]),
-        record("0@cpu", [2.0], layers="0"),
-        record("0,27@cpu", [3.0], layers="0,27"),
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """What is drawn of records, as matplotlib's axes."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+
+    def draw(curve):
+        picture = tmp_path / "new" / "p.png"
+        records = [
+            record("native", [1.0, 1.0]),
+            record("0@cpu", [2.0, 4.0], layers="0"),
+            record("0,27@cpu", [4.0, 4.0], layers="0,27"),
+        ]
+        ratios.plot(ratios.compare(records), picture, curve)
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        (figure,) = figures
+        (axes,) = figure.axes
+        assert axes.get_ylabel() == "throughput, ratio to native"
+        assert axes.get_title(loc="left").startswith("model on device, 1 cores")
+        return axes
+
+    return draw
+
+
+def test_bars_are_median_ratios_and_their_spread(drawn):
+    axes = drawn(None)
+    assert [bar.get_height() for bar in axes.patches] == [0.375, 0.25]
+    assert [text.get_text() for text in axes.texts] == ["0.38", "0.25"]
+    spreads = [lines.get_segments()[0][:, 1].tolist() for lines in axes.collections]
+    assert spreads == [[0.25, 0.5], [0.25, 0.25]]
+    assert axes.get_legend_handles_labels()[1] == ["native", "0@cpu", "0,27@cpu"]
+    assert [x.get_text() for x in axes.get_xticklabels()] == ["w 1x60+40\n100"]
+
+
+def test_curves_are_median_ratios_over_layers(drawn):
+    axes = drawn("layers")
+    ((line, _, (spread,)),) = axes.containers
+    assert line.get_xydata().tolist() == [[1, 0.375], [2, 0.25]]
+    assert [ends[:, 1].tolist() for ends in spread.get_segments()] == [
+        [0.25, 0.5],
+        [0.25, 0.25],
     ]
-    report.plot(report.compare(records), picture, curve)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert axes.get_xlabel() == "encoded layers"
+    assert "w 1x60+40 @cpu" in axes.get_legend_handles_labels()[1]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmark_acc import embedded as embedded_results
-from benchmark_acc import evaluation, report, run_eval
+from benchmark_acc import demo_results, evaluation, report, run_eval
 from benchmark_acc.evaluation import Plan, run_arm
 from benchmark_acc.logs import FILE, LogError, Setting, read_arm
 from benchmark_acc.tasks import passages
@@ -305,12 +304,12 @@ def test_the_results_are_of_this_command_and_in_the_readme(monkeypatch, tmp_path
         return replace(PLAN, setting=Setting(model=Path(model).name, **known, **chosen))
 
     made = []
-    monkeypatch.setattr(embedded_results, "make_plan", plan)
-    monkeypatch.setattr(embedded_results, "run_arm", lambda *args: made.append(args))
-    embedded_results.evaluate_all(results)
+    monkeypatch.setattr(demo_results, "make_plan", plan)
+    monkeypatch.setattr(demo_results, "run_arm", lambda *args: made.append(args))
+    demo_results.evaluate_all(results)
     again = {folder.relative_to(results) for _, _, folder in made}
     made.clear()
-    embedded_results.evaluate_all(tmp_path)
+    demo_results.evaluate_all(tmp_path)
     everything = {folder.relative_to(tmp_path) for _, _, folder in made}
     there = {path.parent.relative_to(results) for path in results.rglob(FILE)}
     assert there <= everything

@@ -1,6 +1,6 @@
 """What encoding costs, from logs of single runs.
 
-    python -m benchmark_throughput.report LOG [LOG ...] [--plot F.png]
+    python -m benchmark_throughput.overhead LOG [LOG ...] [--plot F.png]
 
 A log is what qwen2-1.5b.py and its like print; its last line is a record. Logs of
 one model, machine and setting share a table: plain first, then by encoded layers.
@@ -119,7 +119,7 @@ def plot(groups: list[list[Record]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m benchmark_throughput.report", description=__doc__)
+    parser = Parser(prog="python -m benchmark_throughput.overhead", description=__doc__)
     parser.add_argument("logs", type=Path, nargs="+", metavar="LOG")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The report of single runs: its arithmetic on hand-made logs, and what it refuses."""
+"""Overhead by single runs: its arithmetic on hand-made logs, and what it refuses."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmark_throughput import report
+from benchmark_throughput import overhead
 from tests.records import record
 
 ROOT = Path(__file__).parent.parent
@@ -32,9 +32,12 @@ def logs(tmp_path):
     return {name: log(tmp_path / f"{name}.log", each) for name, each in made.items()}
 
 
-def test_the_table(logs, capsys, tmp_path):
-    picture = tmp_path / "p.png"
-    assert report.main([*logs.values(), "--plot", str(picture)]) == 0
+def test_the_table_and_the_plot(logs, capsys, tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    picture = tmp_path / "new" / "p.png"
+    assert overhead.main([*logs.values(), "--plot", str(picture)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "|" in line]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert [(row[0], row[3], row[5], row[6]) for row in cells] == [
@@ -43,7 +46,13 @@ def test_the_table(logs, capsys, tmp_path):
         ("input and output", "50.0", "+100.0%", "-"),
         ("4 layers", "25.0", "+300.0%", "-"),
     ]
-    assert picture.stat().st_size > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    ((axes,),) = (figure.axes for figure in figures)
+    assert [bar.get_height() for bar in axes.patches] == [100.0, 80.0, 50.0, 25.0]
+    labels = [text.get_text() for text in axes.texts]
+    assert labels == ["", "+25.0%", "+100.0%", "+300.0%"]
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert names[2] == "input and output\ncpu"
 
 
 @pytest.mark.parametrize(
@@ -58,17 +67,17 @@ def test_an_unfinished_log_is_refused(text, error, tmp_path, capsys):
     path = tmp_path / "x.log"
     path.write_text(text)
     with pytest.raises(SystemExit, match="2"):
-        report.main([str(path)])
+        overhead.main([str(path)])
     assert error in capsys.readouterr().err
 
 
 def test_nothing_is_compared_without_a_plain_run(logs, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        report.main([logs["io"], logs["input"]])
+        overhead.main([logs["io"], logs["input"]])
     assert "no log of a plain run to compare 0@cpu with" in capsys.readouterr().err
     other = log(tmp_path / "other.log", record("native", [1.0], model="another"))
     with pytest.raises(SystemExit, match="2"):
-        report.main([logs["io"], other])
+        overhead.main([logs["io"], other])
 
 
 def script(*arguments, name="qwen2-1.5b.py", **variables):
@@ -105,9 +114,9 @@ def test_a_script_ends_in_a_record(tiny_qwen2, tmp_path):
     assert "random token ids" in done.stdout
     path = tmp_path / "x.log"
     path.write_text(done.stdout)
-    made = report.read_log(path)
+    made = overhead.read_log(path)
     assert (made.layers, made.input_tokens, made.output_tokens) == ("0,3", 40, 4)
-    assert report.name_of(made) == "input and output"
+    assert overhead.name_of(made) == "input and output"
     assert len(made.seconds) == 2
     # Two layers, two runs of 40 tokens and three steps of one, six crossings of rows
     # of 128, 256 and 128 floats; and a position a token.

@@ -1,6 +1,6 @@
 """The results in this folder: the embedded models on the task that needs no hub.
 
-    python -m benchmark_acc.embedded [--out benchmark_acc/results]
+    python -m benchmark_acc.demo_results [--out benchmark_acc/results]
 
 Llama and Qwen2, float32 and bfloat16, plain, with three choices of encoded layers, and
 with all of them under the affine codec. Arms of the same setting that are there

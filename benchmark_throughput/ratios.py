@@ -1,4 +1,4 @@
-"""Tables and plots of records."""
+"""Ratios to native speed, from records: tables and plots."""
 
 import json
 import statistics
