@@ -15,14 +15,15 @@ from typing import Any
 
 from lab.cli import Parser
 from lab.processes import in_new_process
+from scx.commands.demo_model import embedded_model
+from scx.errors import SCXError
+from scx.keys import scx_env_init
 
 PROMPT = "The capital of France is"
 
 
 def run_arm(enc_layers: str, options: argparse.Namespace) -> dict[str, Any]:
     """Text, token ids, tokens per second and crossed bytes with these layers encoded."""
-    from scx.keys import scx_env_init
-
     # The counters are asked for by a function that is sent to the workers.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -87,9 +88,6 @@ def main() -> int:
     parser.add_argument("--enforce-eager", action="store_true")
     options = parser.parse_args()
     if options.model is None:
-        from scx.commands.demo_model import embedded_model
-        from scx.errors import SCXError
-
         try:
             options.model = str(embedded_model("qwen2"))
         except SCXError as error:

@@ -14,6 +14,7 @@ from typing import Any
 from benchmark_acc.logs import Arm, Setting, read_lm_eval, write_arm
 from lab.cli import UsageError
 from lab.processes import in_own_session
+from scx.keys import scx_env_init
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 
@@ -64,8 +65,6 @@ def evaluate(plan: Plan, layers: str, folder: Path) -> None:
 
     Raises UsageError before the engine starts.
     """
-    from scx.keys import scx_env_init
-
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -236,9 +236,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     cli = parser()
-    options = cli.parse_args()
+    options = cli.parse_args(arguments)
     try:
         if options.curve and not options.plot:
             raise UsageError("--curve needs --plot PNG")

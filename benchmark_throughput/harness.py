@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from benchmark_throughput.records import Arm, Record, Setting, Workload
 from lab.processes import ArmFailed, end_with_parent
+from scx.keys import scx_env_init
 
 POLL_SECONDS = 1.0
 CLOSE_SECONDS = 60.0
@@ -162,8 +163,6 @@ def built_engine(arm: Arm, plan: Plan) -> Iterator[tuple[Any, float]]:
 
 def set_variables(arm: Arm, setting: Setting) -> None:
     """Set what vLLM and the plugin read, before vLLM is imported."""
-    from scx.keys import scx_env_init
-
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not setting.in_process))
     # The counters are asked for by a function that is sent to the workers.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"

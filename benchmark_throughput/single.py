@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmark_throughput.harness import (
     Plan,
@@ -39,11 +39,8 @@ from benchmark_throughput.records import (
 )
 from lab.cli import Parser, UsageError
 from lab.processes import ArmFailed, in_own_session, interruptible
+from scx.commands.demo_model import Architecture, embedded_model
 from scx.errors import SCXError
-
-if TYPE_CHECKING:
-    # It imports torch.
-    from scx.commands.demo_model import Architecture
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
@@ -92,12 +89,9 @@ def arm_of(options: argparse.Namespace) -> Arm:
     return parse_arm(f"{layers}@{device}+{options.scx_codec}")
 
 
-def make_plan(options: argparse.Namespace, arm: Arm, embedded: "Architecture") -> Plan:
+def make_plan(options: argparse.Namespace, arm: Arm, embedded: Architecture) -> Plan:
     """All that can be known before an engine starts. Raises UsageError."""
     if options.model is None:
-        # Here, because it imports torch.
-        from scx.commands.demo_model import embedded_model
-
         options.model = embedded_model(embedded)
         defaults = EMBEDDED
         print(f"no --model: {options.model.name}, embedded, with {EMBEDDED}", flush=True)
@@ -204,7 +198,7 @@ def summary(record: Record) -> list[str]:
     return lines
 
 
-def main(description: str, embedded: "Architecture", ranks: int = 1) -> int:
+def main(description: str, embedded: Architecture, ranks: int = 1) -> int:
     """Run one arm; the exit status is 0 where it finished."""
     cli = parser(description, ranks)
     options = cli.parse_args()

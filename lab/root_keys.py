@@ -8,9 +8,10 @@ from scx.keys import RootKey, SCXConfig
 from scx.plugin.identity import identity_of
 
 
-def new_key_file(path: Path) -> Path:
+def new_key_file(path: Path, content: bytes | None = None) -> Path:
+    """For its owner alone; random, if no content is given."""
     path.touch(mode=0o600)
-    path.write_bytes(secrets.token_bytes(32))
+    path.write_bytes(secrets.token_bytes(32) if content is None else content)
     return path
 
 

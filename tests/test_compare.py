@@ -361,11 +361,13 @@ def test_curves_are_median_ratios_over_layers(drawn):
         ([], "--model --report is required"),
     ],
 )
-def test_bad_usage_is_one_line_and_status_2(arguments, said):
-    run = command(*arguments)
-    assert run.returncode == 2
-    assert said in run.stderr
-    assert run.stderr.count("\n") == 1
+def test_bad_usage_is_one_line_and_status_2(arguments, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(arguments)
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
 
 
 @pytest.mark.parametrize(

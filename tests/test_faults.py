@@ -6,7 +6,6 @@ import logging
 import os
 import pwd
 import resource
-import secrets
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from benchmark_acc import evaluation
 from benchmark_throughput.records import append_record, read_records
 from lab.cli import UsageError
 from lab.engines import configure_each, engine, generate_each, greedy, in_new_process
+from lab.root_keys import new_key_file
 from lab.tiny_models import PROMPTS
 from scx.codecs.permutation import PermutationCodec
 from scx.commands import demo_model as embedded
@@ -87,12 +87,6 @@ def test_a_call_that_fails_does_not_count_as_waiting():
 
 
 # An engine whose secure device fails.
-
-
-def new_key_file(path):
-    path.touch(mode=0o600)
-    path.write_bytes(secrets.token_bytes(32))
-    return path
 
 
 def fail(*_):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lab.root_keys import new_key_file
 from scx import codecs, keys
 from scx.devices.plain import PlainSecureLayer
 from scx.errors import SCXConfigError
@@ -36,9 +37,7 @@ def key_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("keys")
     paths = [folder, folder / "none", folder / "key" / "below"]
     for mode, size in ((0o600, 32), (0o644, 32), (0o600, 31), (0o600, 0)):
-        path = folder / f"{mode:o}-{size}"
-        path.touch(mode=0o600)
-        path.write_bytes(os.urandom(size))
+        path = new_key_file(folder / f"{mode:o}-{size}", os.urandom(size))
         path.chmod(mode)
         paths.append(path)
     return [str(paths[3]), *map(str, paths)]

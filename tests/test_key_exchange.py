@@ -500,9 +500,7 @@ def test_a_store_of_another_model_is_refused(outcomes, tiny_llama):
 
 def test_a_key_that_no_store_needs_is_not_read_to_configure(tiny_llama, tmp_path):
     """What the file is can be seen without that, and is refused before the engine."""
-    zeros = tmp_path / "zeros"
-    zeros.touch(mode=0o600)
-    zeros.write_bytes(bytes(32))
+    zeros = new_key_file(tmp_path / "zeros", bytes(32))
     run = {"model": str(tiny_llama)}
     runs = [(run, {}), (run | transfer(tmp_path / "kv"), {})]
     env = {"SCX_ENC_LAYERS": "0,2", "SCX_KEY_FILE": str(zeros)}

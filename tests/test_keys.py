@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lab.root_keys import new_key_file
 from scx import keys
 from scx.codecs.permutation import derive_feature_key
 from scx.errors import SCXConfigError
@@ -37,10 +38,7 @@ def clean_environment(monkeypatch):
 
 @pytest.fixture
 def key_file(tmp_path):
-    path = tmp_path / "key"
-    path.touch(mode=0o600)
-    path.write_bytes(bytes(range(32)))
-    return path
+    return new_key_file(tmp_path / "key", bytes(range(32)))
 
 
 def last_line(error):
@@ -335,9 +333,7 @@ def test_key_file_that_is_not_random(content, key_file):
 def test_other_contents_are_taken(content):
     random = len(set(content)) >= 8 and not all(32 <= byte < 127 for byte in content)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "key"
-        path.touch(mode=0o600)
-        path.write_bytes(content)
+        path = new_key_file(Path(folder) / "key", content)
         if random:
             assert load(path).fingerprint == RootKey(content).fingerprint
         else:

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import secrets
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from lab.engines import (
     in_new_process,
     shut_down,
 )
+from lab.root_keys import new_key_file
 from lab.tiny_models import PROMPTS
 from tests.kv_caches import LAYERS, PROMPT, TOLERANCE, cached_tokens
 
@@ -125,9 +125,7 @@ def tokens_and_caches(models, ranks):
 
 @pytest.mark.slow
 def test_a_cache_does_not_depend_on_the_number_of_ranks(tiny, tmp_path):
-    key_file = tmp_path / "key"
-    key_file.touch(mode=0o600)
-    key_file.write_bytes(secrets.token_bytes(32))
+    key_file = new_key_file(tmp_path / "key")
     encoded = {"SCX_ENC_LAYERS": "all", "SCX_KEY_FILE": str(key_file)}
     # With one key/value head, each of two ranks has a copy of it.
     models = [
