@@ -7,10 +7,9 @@ set -euo pipefail
 wheel=$(realpath "$1")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+"${PYTHON:-python3}" -m venv "$work/env"
 # Not from the repository, whose own scx would be imported.
 cd "$work"
-
-"${PYTHON:-python3}" -m venv env
 env/bin/python -m pip install --quiet --disable-pip-version-check --no-index --no-deps "$wheel"
 env/bin/scx --help > script
 env/bin/python -m scx --help > module
