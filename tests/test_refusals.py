@@ -246,12 +246,12 @@ def test_refused_in_one_line_that_says_what_to_do(case, error, texts, refusals):
         assert text in message
 
 
-def described(architecture, quantization=None):
+def described(architecture, quantization=None, model_impl="auto"):
     """As much of a ModelConfig as is looked at."""
     from vllm.model_executor.models import ModelRegistry
 
     return SimpleNamespace(
-        model_impl="auto",
+        model_impl=model_impl,
         architecture=architecture,
         quantization=quantization,
         runner_type="generate",
@@ -270,6 +270,16 @@ def test_quantised_weights_that_were_not_run_are_refused_by_name(quantization):
     assert obstacle == (
         f"quantization={quantization!r} was never run encoded: use AWQ, GPTQ, fp8 or "
         "compressed-tensors, or weights that are not quantised"
+    )
+
+
+@pytest.mark.parametrize("model_impl", ["transformers", "terratorch"])
+def test_other_implementations_of_models_are_refused_by_name(model_impl):
+    """Here vLLM refuses terratorch before, because its package is missing."""
+    described_model = described("LlamaForCausalLM", model_impl=model_impl)
+    (obstacle,) = model_obstacles(described_model)
+    assert obstacle == (
+        f"model_impl={model_impl!r} does not use vLLM's model classes: leave it out"
     )
 
 
