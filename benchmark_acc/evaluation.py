@@ -1,6 +1,6 @@
 """One arm of an evaluation, in a process and a session of its own.
 
-vLLM reads plugins once a process, so each arm gets a fresh one. It also leads a
+vLLM reads plugins once per process, so each arm gets a fresh one. It also leads a
 session, so that all that it starts can be ended with it.
 """
 

@@ -1,6 +1,6 @@
 """Engines that wait for work, each in processes of its own, and the work that they do.
 
-vLLM reads plugins once a process, so each arm has its own. torch and vLLM are
+vLLM reads plugins once per process, so each arm has its own. torch and vLLM are
 imported in such processes only, after the variables are set.
 """
 

@@ -97,7 +97,7 @@ def title(record: Record) -> str:
 
 
 def plot(groups: list[list[Record]], path: Path) -> None:
-    """Bars of tokens a second, a panel for each group, the overhead above each."""
+    """Bars of tokens per second, one panel for each group, the overhead above each."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -44,7 +44,7 @@ class Comparison:
         ]
 
     def native(self, workload: str) -> float:
-        """The median tokens a second of the native arm."""
+        """The median tokens per second of the native arm."""
         records = self.of(NATIVE.name, workload)
         return statistics.median(rate for record in records for rate in record.rates)
 

@@ -160,7 +160,7 @@ def bench(arm: Arm, address: str, options: argparse.Namespace, out: Path) -> Non
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Rows of cells, the head first; milliseconds, and output tokens a second."""
+    """Rows of cells, the head first; milliseconds, and output tokens per second."""
     columns = [f"p{p}_{metric}_ms" for metric in METRICS for p in PERCENTILES]
     head = [f"{metric.upper()} p{p}" for metric in METRICS for p in PERCENTILES]
     return [

@@ -80,7 +80,7 @@ def capture(
     models = [public.layer(i) for i in range(config.num_hidden_layers)]
     shape = (config.num_key_value_heads, config.head_dim)
     codecs = {i: make(*shape, seed=i) for i in layers}
-    # One key a layer, as in an engine; row orders are fresh each time.
+    # One key per layer, as in an engine; row orders are fresh each time.
     alone = []
     for ids in requests:
         whole = _step(models, [ids], codecs)

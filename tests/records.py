@@ -4,7 +4,7 @@ from benchmark_throughput.records import Record
 
 
 def record(arm, seconds, **changes):
-    """A hand-made record: 1 prompt of 60 + 40 tokens, so 100 tokens a run."""
+    """A hand-made record: 1 prompt of 60 + 40 tokens, so 100 tokens per run."""
     fields = {
         "model": "model",
         "num_hidden_layers": 28,

@@ -20,7 +20,7 @@ def test_by_hand():
     # 3584 + (28 + 8) x 128 + 28 x 128 = 11,776 elements of two bytes.
     assert QWEN2_7B.row_bytes() == 23_552
     machine = Machine(10e-6, 1e-6, 1e9)
-    # One token: a chunk. 64 tokens: 32 chunks of two rows. Positions: 8 bytes a token.
+    # One token: a chunk. 64 tokens: 32 chunks of two rows. Positions: 8 bytes per token.
     assert layer_seconds(QWEN2_7B, 1, machine) == pytest.approx(33e-6 + 23_560e-9)
     assert layer_seconds(QWEN2_7B, 64, machine) == pytest.approx(126e-6 + 64 * 23_560e-9)
 

@@ -57,7 +57,7 @@ def test_half_types(tiny_llama):
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_an_fp8_cache_rounds_encoded_keys_and_values_as_native_ones(dtype):
-    """One scale a tensor or a head: rounding does not see where a feature stands."""
+    """One scale per tensor or per head: rounding does not see where a feature stands."""
     features = PermutationCodec.derive(RootKey.draw(), 0, range(2), 64)
     heads = torch.randn(50, 2 * 64)
     for scale in (torch.tensor(0.5), torch.tensor([0.25, 3.0]).repeat_interleave(64)):

@@ -205,7 +205,7 @@ def test_what_is_no_label_is_refused(content, tmp_path):
     with pytest.raises(SCXConfigError) as error:
         claim(tmp_path)
     assert str(error.value) == (
-        f"shared_storage_path='{tmp_path}': its scx.json is no label of this package: "
+        f"shared_storage_path='{tmp_path}': its scx.json is not a label of this package: "
         "use an empty folder"
     )
 
@@ -226,7 +226,7 @@ def test_a_label_that_is_no_file_is_refused_at_once(kind, tmp_path):
     with pytest.raises(SCXConfigError) as error:
         claim(folder)
     (line,) = str(error.value).splitlines()
-    assert "its scx.json is no label of this package that can be read (" in line
+    assert "its scx.json is not a label of this package that can be read (" in line
 
 
 @pytest.mark.parametrize("name", ["model", "key", "codec"])
@@ -576,7 +576,7 @@ def test_a_second_process_reads_what_a_first_one_stored(tiny_llama, tmp_path):
 
     computed = len(PROMPT) + len(native[0]) - 1
     assert native[1:] == first[1:] == (computed, 0)
-    # One file a layer is read, and what it holds is not computed again.
+    # One file per layer is read, and what it holds is not computed again.
     assert second[1:] == spoilt[1:] == (computed - STORED, SHAPE["num_hidden_layers"])
     assert native[0] == first[0] == second[0]
     assert spoilt[0] != native[0]

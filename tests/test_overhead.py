@@ -22,7 +22,7 @@ def log(path, made):
 
 @pytest.fixture
 def logs(tmp_path):
-    """Plain at 100 tokens a second, input at 80, input and output at 50, four layers."""
+    """Tokens per second: plain 100, input 80, input and output 50. Four layers."""
     made = {
         "io": record("0,27@cpu", [2.0], layers="0,27", tokens_per_second=50.0),
         "plain": record("native", [1.0], tokens_per_second=100.0, ttft_seconds=0.5),

@@ -41,7 +41,7 @@ def obstacles(secure, *device_type, **parallel):
         ({"world_size": 2, "data_parallel_size_local": 3}, 6),
         # A sentinel of vLLM's for ranks that are started elsewhere.
         ({"data_parallel_size_local": 0}, 1),
-        # One process a rank: each knows the ranks before it.
+        # One process per rank: each knows the ranks before it.
         ({"world_size": 2, "data_parallel_rank_local": 2}, 6),
         ({"data_parallel_size_local": 4, "data_parallel_rank_local": 1}, 4),
         ({"assigned_physical_gpu_ids": None}, 1),

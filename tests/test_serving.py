@@ -285,7 +285,7 @@ def test_metrics_show_what_was_done(served):
     }
     assert min(grown.values()) > 0
     assert grown["crossings"] == 6 * grown["steps"]
-    # Positions, 8 bytes a token, come in beside the features that go both ways.
+    # Positions, 8 bytes per token, come in beside the features that go both ways.
     assert grown["bytes_in"] > grown["bytes_out"]
 
 

@@ -74,7 +74,7 @@ def nearest(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 def nearest_each(
     parts: Sequence[torch.Tensor], table: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """`nearest` for several (T, F), one result a part."""
+    """`nearest` for several (T, F), one result per part."""
     return nearest(torch.cat(list(parts)), table).split([len(part) for part in parts])
 
 

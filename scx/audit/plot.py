@@ -1,4 +1,4 @@
-"""The picture of a report: recovered share by attack and layer, a panel an adversary."""
+"""The picture of a report: recovered share by attack and layer, a panel per adversary."""
 
 from pathlib import Path
 from typing import Any

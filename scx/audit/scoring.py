@@ -19,8 +19,8 @@ from scx.audit.views import BorderStep, border_steps
 DECODED = 0.1
 """Error below which a cached vector counts as decoded: its distance from the true one
 over the root mean square distance of that head's true vectors from their mean, so that
-who knows the mean and nothing else has an error of about one. A tenth is one percent of
-that variance, and what the weights of attention and a search for the token bear: 16-bit
+an attacker who knows only the mean has an error of about one. A tenth is one percent of
+that variance. Attention weights and a search for the token tolerate that much: 16-bit
 rounding alone moves a vector by up to a tenth of the way to another token's."""
 
 NO_ERRORS = torch.empty(0)
@@ -37,7 +37,7 @@ class Score:
     attacked: int
     """Tokens, rows, features or pairs that claims were made about."""
     of: int
-    """As many there are in the requests or steps that the attack took on."""
+    """How many of them the attacked requests or steps have in all."""
     error: float | None = None
     """The median error of decoded vectors, as `DECODED` measures it."""
 
@@ -56,7 +56,7 @@ class Truth:
 
     @cached_property
     def vectors(self) -> list[torch.Tensor]:
-        """Of each request keys before RoPE, then values (T, 2M, D), in the clear."""
+        """For each request its keys before RoPE, then its values, in clear: (T, 2M, D)."""
         clear = [
             torch.cat([step.keys_sent(), step.values_sent()], dim=1)[self._order(step)]
             for step in self.steps[: self._alone]
@@ -65,12 +65,12 @@ class Truth:
         return list(rows.split([len(ids) for ids in self.requests]))
 
     def _order(self, step: BorderStep) -> torch.Tensor:
-        """The row sent (T,) that each row of the batch is; of equal rows any."""
+        """The row sent (T,) that each row of the batch is; equal ones interchangeably."""
         sent = {row.numpy().tobytes(): i for i, row in enumerate(step.rows)}
         return torch.tensor([sent[row.numpy().tobytes()] for row in step.hidden])
 
     def sent(self, step: int) -> torch.Tensor:
-        """The row of the batch (T,) that each row sent is; of equal rows any."""
+        """The row of the batch (T,) that each row sent is; equal ones interchangeably."""
         border = self.steps[step]
         first = {row.numpy().tobytes(): i for i, row in enumerate(border.hidden)}
         return torch.tensor([first[row.numpy().tobytes()] for row in border.rows])

@@ -64,19 +64,19 @@ class View:
     encoded: tuple[int, ...]
     """All layers that are encoded."""
     caches: list[dict[int, Cache]]
-    """A1: by layer, encoded or not; one dictionary a request."""
+    """A1: by layer, encoded or not; one dictionary per request."""
     batch: list[Cache]
     """A1: the audited layer's, of the requests that one common step prefilled whole."""
     steps: list[BorderStep]
     """A2: those of requests that ran alone, then those of the common batch."""
     clear_hidden: dict[int, list[torch.Tensor]]
-    """A3: inputs of layers that are not encoded, (T, H) a request."""
+    """A3: inputs of layers that are not encoded, (T, H) per request."""
     input_ids: list[torch.Tensor]
-    """A3: (T,) a request, which the embedding reads."""
+    """A3: (T,) per request, which the embedding reads."""
 
     @property
     def cache(self) -> list[Cache]:
-        """A1: the audited layer's, one a request."""
+        """A1: the audited layer's, one per request."""
         return [caches[self.layer] for caches in self.caches]
 
     @property

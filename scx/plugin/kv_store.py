@@ -31,7 +31,7 @@ _LABEL_BYTES = 1 << 16
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _SHOWN = 200
 """Characters of a label's value in an error."""
-_NO_LABEL = f"its {LABEL} is no label of this package"
+_NO_LABEL = f"its {LABEL} is not a label of this package"
 _ANEW = "use an empty folder"
 _DRAFT = re.compile(rf"{re.escape(LABEL)}\.[a-z0-9_]{{8}}\.draft")
 
@@ -77,7 +77,7 @@ def obstacles(vllm_config: Any, config: SCXConfig) -> Iterator[str]:
             if (value := settings.get(setting, in_memory)) != in_memory:
                 yield (
                     f"{setting}={value!r} of {name} keeps KV beyond the engine's memory, "
-                    f"where no label of the key goes: use {in_memory!r}"
+                    f"where nothing checks the key: use {in_memory!r}"
                 )
     elif config.key_file is None:
         yield (

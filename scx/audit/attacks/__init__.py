@@ -1,4 +1,4 @@
-"""The attacks of an audit, one file an idea."""
+"""The attacks of an audit, one file per idea."""
 
 from scx.audit.attacks.batch_of_one import BatchOfOne
 from scx.audit.attacks.border import BorderMap, BorderTokens, RowOrder
@@ -53,4 +53,4 @@ ATTACKS: tuple[Attack, ...] = (
     FeaturesOfQueries(),
     ClearHidden(),
 )
-"""In the order in which they run: what fast ones leave of the time, searches have."""
+"""In the order in which they run: the searches have the time that the fast ones leave."""

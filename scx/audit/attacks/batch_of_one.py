@@ -8,7 +8,7 @@ from scx.audit.views import View
 
 
 class BatchOfOne(Attack):
-    """A request that decodes alone sends one row a step: the layer's input in the clear.
+    """A request that decodes alone sends one row per step: the layer's input, in clear.
 
     Compares it with the whole vocabulary in layer 0. In deeper layers it compares the
     states of candidates after the text so far, which it is given.

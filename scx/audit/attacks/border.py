@@ -12,7 +12,7 @@ from scx.audit.views import BorderStep, View
 def order_by_bytes(step: BorderStep) -> torch.Tensor:
     """The sent row (T,) that each row of the batch is, or 0 if none is.
 
-    Of equal rows any will do: qkv_proj makes the same of both.
+    Equal rows are interchangeable: qkv_proj returns the same for both.
     """
     sent = {row.numpy().tobytes(): i for i, row in enumerate(step.rows)}
     return torch.tensor([sent.get(row.numpy().tobytes(), 0) for row in step.hidden])

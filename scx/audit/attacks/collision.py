@@ -15,7 +15,7 @@ make a candidate stand out. The least of 2048 normal deviates is 3.4 below on av
 
 class Collision(Attack):
     """For each position, with the text before it known: candidates by likelihood, batch
-    by batch; one is taken if its K and its V are both nearer than others by far.
+    by batch; one is taken if both its K and its V are far nearer than the others.
 
     The distance is Euclidean between sorted heads, which a permutation leaves alone.
 
