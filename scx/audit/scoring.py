@@ -56,7 +56,7 @@ class Truth:
 
     @cached_property
     def vectors(self) -> list[torch.Tensor]:
-        """For each request its keys before RoPE, then its values, in clear: (T, 2M, D)."""
+        """Each request's keys before RoPE, then its values, in clear: (T, 2M, D)."""
         clear = [
             torch.cat([step.keys_sent(), step.values_sent()], dim=1)[self._order(step)]
             for step in self.steps[: self._alone]
