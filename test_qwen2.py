@@ -15,6 +15,7 @@ from typing import Any
 
 from lab.cli import Parser
 from lab.processes import in_new_process
+from scx import keys
 from scx.commands.demo_model import embedded_model
 from scx.errors import SCXError
 from scx.keys import scx_env_init
@@ -67,11 +68,19 @@ def crossed_bytes(model: Any) -> int:
     )
 
 
-def default_layers(model: str) -> str:
-    """The first and the last layer of the model."""
+def layers_of(options: argparse.Namespace) -> str:
+    """The layers to encode: by default the first and the last.
+
+    Raises SCXError, OSError or ValueError for options that no engine would take, before
+    the first one starts.
+    """
     from transformers import AutoConfig
 
-    return f"0,{AutoConfig.from_pretrained(model).num_hidden_layers - 1}"
+    count = AutoConfig.from_pretrained(options.model).num_hidden_layers
+    layers = options.enc_layers or f"0,{count - 1}"
+    variables = {keys.ENC_LAYERS: layers, keys.SECURE_DEVICE: options.secure_device}
+    keys.parse_config(variables).layers_of(count)
+    return layers
 
 
 def main() -> int:
@@ -87,15 +96,14 @@ def main() -> int:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--enforce-eager", action="store_true")
     options = parser.parse_args()
-    if options.model is None:
-        try:
-            options.model = str(embedded_model("qwen2"))
-        except SCXError as error:
-            parser.error(str(error))
-        # In float32 the two arms differ by rounding only and give the same tokens.
-        if options.dtype == "auto":
-            options.dtype = "float32"
-    layers = options.enc_layers or default_layers(options.model)
+    # In float32 the two arms differ by rounding only and give the same tokens.
+    if options.model is None and options.dtype == "auto":
+        options.dtype = "float32"
+    try:
+        options.model = options.model or str(embedded_model("qwen2"))
+        layers = layers_of(options)
+    except (SCXError, OSError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
 
     print(f"Model {options.model}\nPlain run ...", flush=True)
     plain = in_new_process(run_arm, "", options)
@@ -106,14 +114,13 @@ def main() -> int:
     encoded = in_new_process(run_arm, layers, options)
 
     same = sum(a == b for a, b in zip(plain["tokens"], encoded["tokens"], strict=True))
-    ratio = encoded["tokens_per_second"] / plain["tokens_per_second"]
     print(f"\nPrompt:  {options.prompt!r}")
     print(f"Plain:   {plain['text']!r}")
     print(f"Encoded: {encoded['text']!r}")
     print(f"Identical tokens: {same} of {len(plain['tokens'])}")
     print(
         f"Tokens per second: plain {plain['tokens_per_second']:.1f}, "
-        f"encoded {encoded['tokens_per_second']:.1f} ({ratio:.2f} of plain)"
+        f"encoded {encoded['tokens_per_second']:.1f}"
     )
     print(f"Bytes that crossed: plain {plain['bytes']:,}, encoded {encoded['bytes']:,}")
     return 0

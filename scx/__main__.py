@@ -37,14 +37,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    check = commands.add_parser("check", help="check that this machine can run encoded")
+    check = commands.add_parser(
+        "check", help="check that this machine can run encoded, in about a minute"
+    )
     check.add_argument("--model", help="folder or hub name of the model to be served")
 
     estimate = commands.add_parser("estimate", help="estimate what encoding would cost")
     estimate.add_argument(
         "--model", type=Path, required=True, help="local folder with a config.json"
     )
-    estimate.add_argument("--layers", required=True, help="as in SCX_ENC_LAYERS")
+    estimate.add_argument(
+        "--layers", type=_layers, required=True, help="as in SCX_ENC_LAYERS"
+    )
     estimate.add_argument(
         "--tensor-parallel-size", type=int, default=1, help="ranks (default: 1)"
     )
@@ -59,8 +63,10 @@ def _parser() -> argparse.ArgumentParser:
 
     audit = commands.add_parser("audit", help="measure what the accelerator can recover")
     audit.add_argument("--model", required=True, help="folder or hub name of a model")
-    audit.add_argument("--layers", default="0", help="as in SCX_ENC_LAYERS (default: 0)")
-    audit.add_argument("--codec", help="overrides SCX_CODEC")
+    audit.add_argument(
+        "--layers", type=_layers, default="0", help="as in SCX_ENC_LAYERS (default: 0)"
+    )
+    audit.add_argument("--codec", type=_codec, help="overrides SCX_CODEC")
     audit.add_argument("--prompts", type=Path, help="file with one prompt per line")
     audit.add_argument(
         "--adversary",
@@ -88,6 +94,29 @@ def _parser() -> argparse.ArgumentParser:
         "architecture", nargs="?", default="qwen2", choices=get_args(Architecture)
     )
     return parser
+
+
+def _layers(text: str) -> str:
+    _parsed(SCX_ENC_LAYERS=text)
+    if not text.strip():
+        raise argparse.ArgumentTypeError("name one layer at least, or all")
+    return text
+
+
+def _codec(text: str) -> str:
+    _parsed(SCX_CODEC=text)
+    return text
+
+
+def _parsed(**variables: str) -> None:
+    """Raise ArgumentTypeError for an option that a variable could not be set to."""
+    # Here, so that `scx --help` needs nothing that is not installed.
+    from scx import keys
+
+    try:
+        keys.parse_config(variables)
+    except SCXError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":

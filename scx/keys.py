@@ -293,10 +293,11 @@ def _reject_unknown(environ: Mapping[str, str]) -> None:
             continue
         if _SERVICE.fullmatch(known) and not known.startswith(VARIABLES):
             continue
-        nearest = difflib.get_close_matches(known, VARIABLES, 1, cutoff=0)
+        nearest = difflib.get_close_matches(known, VARIABLES, 1, cutoff=0.7)
+        meant = f"did you mean {nearest[0]}? " if nearest else ""
         # Without its value: what was meant may be the key itself.
         raise SCXConfigError(
-            f"{name!r} is no variable of this package: did you mean {nearest[0]}? "
+            f"{name!r} is not a variable of this package: {meant}"
             f"Allowed are {', '.join(VARIABLES)}"
         )
 
@@ -332,15 +333,24 @@ def _parse_device(text: str) -> str:
         return "cpu"
     import torch
 
-    allowed = "a torch device of this machine, such as cpu, cuda or cuda:1"
     try:
         device = torch.device(text.strip())
         count = torch.get_device_module(device).device_count()
     except (RuntimeError, AttributeError):
-        _reject(SECURE_DEVICE, text, allowed)
+        _reject(SECURE_DEVICE, text, _devices_here())
     if (device.index or 0) >= count:
-        _reject(SECURE_DEVICE, text, f"{allowed}; {device.type} devices here: {count}")
+        _reject(SECURE_DEVICE, text, _devices_here())
     return str(device)
+
+
+def _devices_here() -> str:
+    import torch
+
+    names = ["cpu"]
+    if count := torch.accelerator.device_count():
+        kind = str(torch.accelerator.current_accelerator())
+        names += [kind, *(f"{kind}:{index}" for index in range(count))]
+    return f"a torch device of this machine is allowed: {', '.join(names)}"
 
 
 def _parse_codec(text: str) -> str:

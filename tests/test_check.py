@@ -38,7 +38,7 @@ def checked(*arguments, **variables):
 def line_of_model(folder):
     """Without the other checks, one of which takes seconds."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        passed = check._passes("model", lambda: check._model(str(folder)))
+        passed = check._passes("model", lambda: check._model(str(folder)), {})
     return passed, said.getvalue()
 
 
@@ -71,10 +71,10 @@ def test_numba_is_missing(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == "numba"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "numba", None)
-    assert not check._passes("host kernels", check._host_kernels)
+    assert not check._passes("host kernels", check._host_kernels, {})
     line = capsys.readouterr().out
     assert line.startswith("FAIL  host kernels: numba cannot be imported (")
-    assert line.endswith("): pip install scx-vllm installs what is missing\n")
+    assert line.endswith("(pip install -e .), and what is missing comes with it\n")
 
 
 def test_a_layer_that_the_model_does_not_have(llama):
@@ -93,6 +93,12 @@ def test_a_rotary_embedding_that_is_not_encoded(tmp_path):
     assert "max_model_len=2048 goes beyond the rotary table" in line
 
 
+def test_a_folder_that_is_not_there(tmp_path):
+    passed, line = in_new_process(line_of_model, tmp_path / "gone")
+    assert not passed
+    assert line == f"FAIL  model: --model {tmp_path / 'gone'}: there is no such folder\n"
+
+
 def test_everything_is_reported_at_once(tmp_path):
     status, lines = checked(
         "--model", tmp_path, SCX_ENC_LAYERS="x", VLLM_PLUGINS="another"
@@ -102,3 +108,5 @@ def test_everything_is_reported_at_once(tmp_path):
         assert lines[name][0] == "FAIL"
     assert "VLLM_PLUGINS='another'" in lines["entry point"][1]
     assert lines["configuration"][1].startswith("SCX_ENC_LAYERS='x': ")
+    # One reason is given once.
+    assert lines["secure device"] == ("FAIL", "as configuration")

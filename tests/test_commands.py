@@ -35,6 +35,25 @@ def test_light_commands_load_neither_torch_nor_vllm(command, tmp_path):
     assert loaded == ""
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["estimate", "--model", "m", "--layers", "x"], "argument --layers: SCX_ENC_LAY"),
+        (["estimate", "--model", "m", "--layers", ""], "argument --layers: name one lay"),
+        (["audit", "--model", "m", "--layers", " "], "argument --layers: name one layer"),
+        (
+            ["audit", "--model", "m", "--codec", "x"],
+            "argument --codec: SCX_CODEC='x': o",
+        ),
+    ],
+)
+def test_an_option_is_blamed_by_its_name(options, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(options)
+    assert end.value.code == 2
+    assert f"error: {said}" in capsys.readouterr().err
+
+
 def test_the_demo_model_names_itself(capsys):
     assert main(["demo-model", "llama"]) == 0
     assert Path(capsys.readouterr().out.strip()) == embedded_model("llama")

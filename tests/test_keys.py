@@ -239,8 +239,8 @@ def test_a_name_that_nobody_reads_is_refused(name, nearest, layers, monkeypatch)
         with pytest.raises(SCXConfigError) as error:
             read()
         (line,) = str(error.value).splitlines()
-        assert line.startswith(f"{name!r} is no variable of this package: did you mean ")
-        assert f"did you mean {nearest}" in line
+        assert line.startswith(f"{name!r} is not a variable of this package: ")
+        assert (f"did you mean {nearest}? " in line) == bool(nearest)
         assert line.endswith(f"Allowed are {', '.join(keys.VARIABLES)}")
         # It may be a key.
         assert "5ec7e7" not in line

@@ -23,7 +23,6 @@ from scx.audit.prompts import public_text
 from scx.audit.public_model import PublicModel
 from scx.audit.scoring import Score, Truth, score
 from scx.audit.views import ADVERSARIES, Adversary, View, fresh_random, view_of
-from scx.errors import SCXConfigError
 
 NEW_TOKENS = 4
 """Tokens that each request generates: the steps of one row."""
@@ -55,8 +54,6 @@ class Settings:
 def audit(settings: Settings) -> dict[str, Any]:
     """Run the audit in this process and return the report, ready for JSON."""
     keys.scx_env_init(settings.layers, codec=settings.codec)
-    if not keys.get_scx_config().enabled:
-        raise SCXConfigError(f"--layers {settings.layers!r}: name one at least, or all")
     start = time.monotonic()
     cores = os.sched_getaffinity(0)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)

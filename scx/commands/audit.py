@@ -17,7 +17,7 @@ def run(options: argparse.Namespace) -> bool:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if importlib.util.find_spec("scipy") is None:
-        raise SCXError("scipy is missing: pip install 'scx-vllm[audit]'")
+        raise SCXError("scipy is missing: pip install -e '.[audit]'")
     from scx.audit import report, runner, views
     from scx.audit.prompts import read_prompts
 

@@ -34,17 +34,20 @@ def run(options: argparse.Namespace) -> bool:
     if options.model is not None:
         checks.append(("model", lambda: _model(options.model)))
     # A failure does not stop the rest, so the user sees every problem at once.
-    return all([_passes(name, probe) for name, probe in checks])
+    said: dict[str, str] = {}
+    return all([_passes(name, probe, said) for name, probe in checks])
 
 
-def _passes(name: str, probe: Callable[[], str]) -> bool:
+def _passes(name: str, probe: Callable[[], str], said: dict[str, str]) -> bool:
+    """Whether a check passes. `said` has the reason of each failure, and its check."""
     try:
-        detail, passed = probe(), True
+        print(f"ok    {name}: {probe()}", flush=True)
+        return True
     except (SCXError, ImportError, OSError, RuntimeError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        detail, passed = lines[0], False
-    print(f"{'ok  ' if passed else 'FAIL'}  {name}: {detail}", flush=True)
-    return passed
+        reason = " ".join(str(error).split()) or type(error).__name__
+    first = said.setdefault(reason, name)
+    print(f"FAIL  {name}: {reason if first == name else f'as {first}'}", flush=True)
+    return False
 
 
 def _versions() -> str:
@@ -85,7 +88,9 @@ def _configuration() -> str:
         if config.key_file
         else "fresh in each process"
     )
-    return f"layers {config.enc_layers}, debug {config.enable_debug}, key {key}"
+    debug = "on" if config.enable_debug else "off"
+    layers = keys.layers_text(config.enc_layers)
+    return f"layers {layers}, codec {config.codec}, key {key}, debug {debug}"
 
 
 def _secure_device() -> str:
@@ -107,8 +112,8 @@ def _host_kernels() -> str:
         from numba.core.errors import NumbaError
     except ImportError as error:
         raise SCXError(
-            f"numba cannot be imported ({error}): pip install scx-vllm installs what is "
-            "missing"
+            f"numba cannot be imported ({error}): install this package again "
+            "(pip install -e .), and what is missing comes with it"
         ) from error
     import torch
 
@@ -155,6 +160,8 @@ def _model(model: str) -> str:
 
     if obstacle := keys.plugin_obstacle():
         raise SCXError(obstacle)
+    if model.startswith(("/", ".", "~")) and not os.path.isdir(model):
+        raise SCXError(f"--model {model}: there is no such folder")
     vllm_config = EngineArgs(model=model).create_engine_config()
     layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     record = record_of(vllm_config)

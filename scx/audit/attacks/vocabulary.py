@@ -67,9 +67,10 @@ class VocabularyMatching(Attack):
 
     A subclass says what is compared, with a distance that does not see what the
     codec hides: none (as they are), S (rows in any order), D (features of a head in
-    any order), SD (both). The nearest of all candidates is taken, not the first below
-    a threshold; a search ends early if no nearer one can exist. In layer 0, where one
-    table serves all rows unless keys are compared, the whole vocabulary is, every time.
+    any order), SD (both). The nearest candidate is taken, not the first below a
+    threshold; a search ends early when one is far nearer than all others so far (MARGIN
+    in scx/audit/matching.py). In layer 0, where one table serves all rows unless keys
+    are compared, the whole vocabulary is, every time.
 
     Source: Hidden No More (arXiv 2505.18332), algorithm 1; on K and V of one layer as
     in the vma-external repository of its authors, here per head.
