@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lab.tiny_models import VOCABULARY
+from scx import keys
 from scx.audit.attacks import (
     ATTACKS,
     BatchOfOne,
@@ -269,7 +270,7 @@ def test_no_more_of_the_text_is_used_than_the_attack_is_given(
             assert torch.equal(a.values, b.values)
 
 
-@pytest.mark.parametrize("codec", ["permutation", "affine"])
+@pytest.mark.parametrize("codec", keys.CODECS)
 def test_moments_of_the_very_text_read_it(codec, attacked):
     # 270 rows in 64 dimensions: the mean and covariance must be those of the text.
     assert first(attacked(PerfectMoments(), codec, 0)).share > ALL

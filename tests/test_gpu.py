@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from scx import codecs
+from scx import codecs, keys
 from scx.devices.host import HostDevice, HostSecureLayer
 from scx.devices.interface import Rank
 from scx.kernels.host.memory import DECODE_FEATURES
@@ -54,7 +54,7 @@ def tensors(tokens, head_dim, dtype):
 # head size and style, its cuts by the number of rows. The shapes are one row, some whose
 # last block is not full, and many, these two in either style and head size. The other
 # numbers of rows lie at a cut and beside it, which no type or codec moves.
-CODECS, KINDS = ("permutation", "affine"), ("host", "accelerator")
+CODECS, KINDS = tuple(keys.CODECS), ("host", "accelerator")
 SHAPES = ((1, 64, True), (100, 80, False), (2049, 64, True))
 CASES = [
     (kind, dtype, *shape[1:], codec, shape[0])
@@ -80,7 +80,7 @@ def test_a_layer_is_the_plain_layer(
 
 
 @pytest.mark.parametrize("tokens", [8, 100])
-@pytest.mark.parametrize("codec", ["permutation", "affine"])
+@pytest.mark.parametrize("codec", keys.CODECS)
 @pytest.mark.parametrize("kind", ["host", "accelerator"])
 def test_each_replay_of_a_graph_draws_a_fresh_order(kind, codec, tokens, devices):
     layer, _ = devices(kind, torch.bfloat16, 64, True, codec)

@@ -22,6 +22,7 @@ from lab.engines import (
 from lab.quantized_models import save_quantized
 from lab.root_keys import new_key_file
 from lab.tiny_models import PROMPTS
+from scx import keys
 from tests import longrope
 from tests.kv_caches import EAGER, LAYERS, assert_encoded, caches
 from tests.kv_stores import run_on_store
@@ -222,7 +223,7 @@ def native_caches(request, tiny_qwen2):
     return arguments, in_new_process(caches, tiny_qwen2, arguments)
 
 
-@pytest.mark.parametrize("codec", ["permutation", "affine"])
+@pytest.mark.parametrize("codec", keys.CODECS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_encoded_layers_alone_hold_an_encoded_cache(
     device, codec, tiny_qwen2, native_caches

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scx import codecs
+from scx import codecs, keys
 from scx.codecs import permutation, plain
 from scx.codecs import rows as row_codec
 from scx.codecs.affine import AffineCodec
@@ -277,7 +277,7 @@ def test_nan_and_infinity_stay(dtype, is_neox):
 
 
 @pytest.mark.parametrize("position", [-(2**63), -1, 9, 10, 2**32, 2**63 - 1])
-@pytest.mark.parametrize("codec_name", ["permutation", "affine"])
+@pytest.mark.parametrize("codec_name", keys.CODECS)
 def test_nothing_beyond_the_table_of_angles_is_read(codec_name, position):
     """Positions come from the accelerator, and memory around the table is secret."""
     head_dim, secret = 64, 1234.0
