@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from scx.commands.arguments import codec, gigabytes, layers, microseconds
 from scx.commands.demo_model import Architecture
-from scx.commands.estimate import H100, gigabytes, microseconds
+from scx.commands.estimate import H100
 from scx.errors import SCXError
 
 
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", type=Path, required=True, help="local folder with a config.json"
     )
     estimate.add_argument(
-        "--layers", type=_layers, required=True, help="as in SCX_ENC_LAYERS"
+        "--layers", type=layers, required=True, help="as in SCX_ENC_LAYERS"
     )
     estimate.add_argument(
         "--tensor-parallel-size", type=int, default=1, help="ranks (default: 1)"
@@ -64,9 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     audit = commands.add_parser("audit", help="measure what the accelerator can recover")
     audit.add_argument("--model", required=True, help="folder or hub name of a model")
     audit.add_argument(
-        "--layers", type=_layers, default="0", help="as in SCX_ENC_LAYERS (default: 0)"
+        "--layers", type=layers, default="0", help="as in SCX_ENC_LAYERS (default: 0)"
     )
-    audit.add_argument("--codec", type=_codec, help="overrides SCX_CODEC")
+    audit.add_argument("--codec", type=codec, help="overrides SCX_CODEC")
     audit.add_argument("--prompts", type=Path, help="file with one prompt per line")
     audit.add_argument(
         "--adversary",
@@ -94,29 +95,6 @@ def _parser() -> argparse.ArgumentParser:
         "architecture", nargs="?", default="qwen2", choices=get_args(Architecture)
     )
     return parser
-
-
-def _layers(text: str) -> str:
-    _parsed(SCX_ENC_LAYERS=text)
-    if not text.strip():
-        raise argparse.ArgumentTypeError("name one layer at least, or all")
-    return text
-
-
-def _codec(text: str) -> str:
-    _parsed(SCX_CODEC=text)
-    return text
-
-
-def _parsed(**variables: str) -> None:
-    """Raise ArgumentTypeError for an option that a variable could not be set to."""
-    # Here, so that `scx --help` needs nothing that is not installed.
-    from scx import keys
-
-    try:
-        keys.parse_config(variables)
-    except SCXError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -42,20 +42,6 @@ def run(options: argparse.Namespace) -> bool:
     return True
 
 
-def gigabytes(text: str) -> float:
-    """An argument in GB, in bytes. Raises ArgumentTypeError."""
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 is allowed")
-    return value * 1e9
-
-
-def microseconds(text: str) -> float:
-    """An argument in microseconds, in seconds. Raises ArgumentTypeError."""
-    if not 0 <= (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: 0 or a larger number is allowed")
-    return value * 1e-6
-
-
 @dataclass(frozen=True)
 class Machine:
     """What a trip costs, on each rank."""
