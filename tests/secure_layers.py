@@ -133,12 +133,27 @@ def assert_equal_words_keep_the_order_of_their_rows(device):
 
     words = torch.randint(-3, 3, (600,), device=device)
     hidden = torch.randn(600, 8, device=device)
-    counters = torch.tensor([5, 7], device=device)
-    rows, rank = secure.encode_rows(hidden, words, counters)
+    counters = torch.tensor([5, 7, 0], device=device)
+    rows, rank = secure.encode_rows_by(words, hidden, counters)
     pi = words.argsort(stable=True)
     assert torch.equal(rows, hidden[pi])
     assert torch.equal(rank, pi.argsort())
-    assert counters.tolist() == [6, 607]
+    assert counters.tolist() == [6, 607, 0]
+
+
+def assert_the_order_sorts_the_words(device, counts):
+    """Whether the kernel draws them itself, as it does for few rows, or not."""
+    from scx.kernels.cuda import secure
+
+    key = torch.arange(8, dtype=torch.int32, device=device)
+    for count in counts:
+        counters = torch.tensor([3, 0, 0], device=device)
+        words = secure.draw_words(key, counters, count)
+        hidden = torch.randn(count, 8, device=device)
+        rows, rank = secure.encode_rows(hidden, key, counters)
+        assert torch.equal(rows, hidden[words.argsort()])
+        assert torch.equal(rank, words.argsort().argsort())
+        assert counters.tolist() == [4, count, 0]
 
 
 def assert_words_are_chacha20(step, device, count=600):
@@ -148,7 +163,7 @@ def assert_words_are_chacha20(step, device, count=600):
     key = bytes(range(32))
     words = draw_words(
         torch.frombuffer(bytearray(key), dtype=torch.int32).to(device),
-        torch.tensor([step, 0], device=device),
+        torch.tensor([step, 0, 0], device=device),
         count,
     )
     for block, word in enumerate(words.tolist()):

@@ -54,23 +54,26 @@ class AcceleratorSecureLayer(SecureLayer):
         self._split = qkv_sizes(num_heads, features)
         self._order: torch.Tensor | None = None
         if features.moves_only:
-            self._key, self._inverse_key = self.features.tables
+            self._key, self._inverse_key = (
+                table.to(torch.int32) for table in self.features.tables
+            )
         else:
             # Other codecs map the features afterwards, by torch operations, which a
             # graph holds as well.
-            stay = torch.arange(features.head_dim, device=self.device)
+            stay = torch.arange(features.head_dim, dtype=torch.int32, device=self.device)
             self._key = stay.repeat(features.kv_heads, 1)
         random_bytes = bytearray(os.urandom(32))
         self._row_key = torch.frombuffer(random_bytes, dtype=torch.int32).to(self.device)
-        # Steps and tokens so far. Graphs are replayed without Python, so the device
-        # counts; the steps are the nonces of the row orders.
-        self._counters = torch.zeros(2, dtype=torch.int64, device=self.device)
+        # Steps and tokens so far, and a word of the kernel's. Graphs are replayed without
+        # Python, so the device counts; the steps are the nonces of the row orders.
+        self._counters = torch.zeros(3, dtype=torch.int64, device=self.device)
         self._row_bytes = 0
 
     def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        words = kernels.draw_words(self._row_key, self._counters, len(hidden_states))
         hidden_states = hidden_states.contiguous()
-        rows, self._order = kernels.encode_rows(hidden_states, words, self._counters)
+        rows, self._order = kernels.encode_rows(
+            hidden_states, self._row_key, self._counters
+        )
         self._row_bytes = (
             hidden_states.shape[1] + sum(self._split) + self._split[0]
         ) * hidden_states.itemsize
@@ -111,6 +114,6 @@ class AcceleratorSecureLayer(SecureLayer):
     @property
     def traffic(self) -> Traffic:
         """What was handed from one side to the other, replayed graphs included."""
-        steps, tokens = self._counters.tolist()
+        steps, tokens, _ = self._counters.tolist()
         size = tokens * self._row_bytes
         return Traffic(steps, 6 * steps, size + tokens * torch.int64.itemsize, size)

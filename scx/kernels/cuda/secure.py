@@ -1,10 +1,13 @@
 """Fused forms of `scx.codecs` for an accelerator that is itself the secure device.
 
-Four Triton kernels per step draw random words, put rows in a fresh order, rotate and
-encode features, and decode features. None waits for the host. They can be captured in a
-graph, and each replay draws a new order: the words are the keystream of ChaCha20 (RFC
-8439) under a key from the operating system, with a step counter in the accelerator's
-memory as its nonce.
+Three Triton kernels per step put rows in a fresh order, rotate and encode features, and
+decode features; for more than 128 rows another one draws the random words of the order
+first. None waits for the host. They can be captured in a graph, and each replay draws a
+new order: the words are the keystream of ChaCha20 (RFC 8439) under a key from the
+operating system, with a step counter in the accelerator's memory as its nonce.
+
+Heads are read and written as they lie in memory, a vector at a time, and their features
+change places in between, in registers and shared memory.
 
 The codec is their specification, and results equal its results bit for bit: float32
 arithmetic in the same order, without fused multiply-adds.
@@ -21,9 +24,13 @@ import triton.language as tl
 
 _WORDS = tl.constexpr(256)
 """Random words that a program draws, or compares, at once."""
+_FEW_WORDS = tl.constexpr(128)
+"""Random words that each program draws for itself, one per thread, if they suffice."""
+_LAST_WORD = tl.constexpr(2**63 - 1)
 _COLUMNS = tl.constexpr(1024)
 _WARPS = 4
-_MAX_BLOCK_ROWS = 16
+_FEATURE_ROWS, _FEATURE_WARPS = 4, 1
+"""Rows of a head per program, with 2 KiB or less, and its warps."""
 
 
 @triton.jit
@@ -92,22 +99,38 @@ def _encode_rows(
     source,
     target,
     words,
+    key,
     rank,
     counters,
     num_tokens,
     WIDTH: tl.constexpr,
+    DRAWS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    own = tl.load(words + row, row < num_tokens)[:, None]
-    place = tl.zeros([ROWS], tl.int64)
-    for start in range(0, num_tokens, _WORDS):
-        other = start + tl.arange(0, _WORDS)
-        inside = (other < num_tokens)[None, :]
-        word = tl.load(words + other, other < num_tokens)[None, :]
-        # Equal words, if they ever occur, keep the order of their rows.
-        less = (word < own) | ((word == own) & (other[None, :] < row[:, None]))
-        place += tl.sum((less & inside).to(tl.int64), 1)
+    first = tl.program_id(0) * ROWS
+    row = first + tl.arange(0, ROWS)
+    if DRAWS:
+        other = tl.arange(0, _FEW_WORDS)
+        word = _chacha20(key, tl.load(counters), other.to(tl.uint32))[None, :]
+        is_own = other[None, :] == row[:, None]
+        own = tl.sum(tl.where(is_own, word, 0), 1, keep_dims=True)
+        drawn = (other < num_tokens)[None, :]
+        smaller = (_is_smaller(word, own, other, row) & drawn).to(tl.int32)
+    else:
+        smaller = tl.zeros([ROWS, _WORDS], tl.int32)
+        own = tl.load(words + row, row < num_tokens)[:, None]
+        for start in range(0, num_tokens, _WORDS):
+            other = start + tl.arange(0, _WORDS)
+            word = tl.load(words + other, other < num_tokens, _LAST_WORD)[None, :]
+            # Of two equal words the first row's comes first, if they ever occur. Only
+            # beside its own rows a program has to look which that is.
+            if start + _WORDS <= first:
+                smaller += word <= own
+            elif start >= first + ROWS:
+                smaller += word < own
+            else:
+                smaller += _is_smaller(word, own, other, row)
+    place = tl.sum(smaller, 1).to(tl.int64)
     tl.store(rank + row, place, row < num_tokens)
     row = row.to(tl.int64)[:, None]
     for start in range(0, WIDTH, _COLUMNS):
@@ -115,10 +138,29 @@ def _encode_rows(
         inside = (row < num_tokens) & (column < WIDTH)
         moved = tl.load(source + row * WIDTH + column, inside)
         tl.store(target + place[:, None] * WIDTH + column, moved, inside)
-    if tl.program_id(0) == 0:
-        # The kernel that reads the step has ended, and the next one has not begun.
+    # The last program to arrive counts the step, as the others have read its number.
+    if tl.atomic_add(counters + 2, 1) == tl.num_programs(0) - 1:
+        tl.store(counters + 2, 0)
         tl.store(counters, tl.load(counters) + 1)
         tl.store(counters + 1, tl.load(counters + 1) + num_tokens)
+
+
+@triton.jit
+def _is_smaller(word, own, other, row):
+    return (word < own) | ((word == own) & (other[None, :] < row[:, None]))
+
+
+@triton.jit
+def _kv_head(head, HEADS: tl.constexpr, KV_HEADS: tl.constexpr):
+    """Whose key serves a head of qkv."""
+    return tl.where(head < HEADS, head // (HEADS // KV_HEADS), (head - HEADS) % KV_HEADS)
+
+
+@triton.jit
+def _permute(heads, key, held, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Feature d of `heads` (ROWS, BLOCK) becomes its feature key[d]."""
+    feature = tl.load(key + tl.arange(0, BLOCK), held, 0)
+    return tl.gather(heads, tl.broadcast_to(feature[None, :], (ROWS, BLOCK)), 1)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "max_position"])
@@ -139,38 +181,40 @@ def _encode_features(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    width: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    half: tl.constexpr = ROTARY_DIM // 2
     head = tl.program_id(1)
-    kv_head = tl.where(
-        head < HEADS, head // (HEADS // KV_HEADS), (head - HEADS) % KV_HEADS
-    )
     feature = tl.arange(0, BLOCK)
     held = feature < HEAD_DIM
-    feature = tl.load(key + kv_head * HEAD_DIM + feature, held, 0)[None, :]
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    inside = (row < num_tokens) & held[None, :]
-    width: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-    base = source + tl.load(rank + row, row < num_tokens, 0) * width + head * HEAD_DIM
-    encoded = tl.load(base + feature, inside)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    in_step = row < num_tokens
+    inside = in_step[:, None] & held[None, :]
+    turns = in_step[:, None] & (feature < ROTARY_DIM)[None, :]
+    if IS_NEOX:
+        angle, is_first = feature % half, feature < half
+        partner = tl.where(is_first, feature + half, feature - half)
+    else:
+        angle, is_first = feature // 2, feature % 2 == 0
+        partner = tl.where(is_first, feature + 1, feature - 1)
+    partner = tl.where(feature < ROTARY_DIM, partner, 0)
+    partner = tl.broadcast_to(partner[None, :], (ROWS, BLOCK))
+    position = tl.load(positions + row, in_step, 0)
+    position = tl.minimum(tl.maximum(position, 0), max_position - 1)
+    angles = cos_sin_cache + position[:, None] * ROTARY_DIM + angle[None, :]
+    cos = tl.load(angles, turns, 1).to(tl.float32)
+    sin = tl.load(angles + half, turns, 0).to(tl.float32)
+    sin = tl.where(is_first, -1.0, 1.0)[None, :] * sin
+    came_from = tl.load(rank + row, in_step, 0)[:, None]
+    column = head * HEAD_DIM + feature[None, :]
+    encoded = tl.load(source + came_from * width + column, inside, 0)
     if head < HEADS + KV_HEADS:
-        half: tl.constexpr = ROTARY_DIM // 2
-        if IS_NEOX:
-            angle, is_first = feature % half, feature < half
-            partner = tl.where(is_first, feature + half, feature - half)
-        else:
-            angle, is_first = feature // 2, feature % 2 == 0
-            partner = tl.where(is_first, feature + 1, feature - 1)
-        turns = inside & (feature < ROTARY_DIM)
-        position = tl.load(positions + row, row < num_tokens, 0)
-        position = tl.minimum(tl.maximum(position, 0), max_position - 1)
-        angles = cos_sin_cache + position * ROTARY_DIM + angle
-        cos = tl.load(angles, turns, 1).to(tl.float32)
-        sin = tl.load(angles + half, turns, 0).to(tl.float32)
         own = encoded.to(tl.float32)
-        other = tl.load(base + partner, turns, 0).to(tl.float32)
-        turned = own * cos + tl.where(is_first, -1.0, 1.0) * (other * sin)
-        encoded = tl.where(turns, turned, own).to(encoded.dtype)
-    column = head * HEAD_DIM + tl.arange(0, BLOCK)[None, :]
-    tl.store(target + row * width + column, encoded, inside)
+        other = tl.gather(encoded, partner, 1).to(tl.float32)
+        turned = tl.where(turns, own * cos + other * sin, own)
+        encoded = turned.to(encoded.dtype)
+    own_key = key + _kv_head(head, HEADS, KV_HEADS) * HEAD_DIM
+    encoded = _permute(encoded, own_key, held, ROWS, BLOCK)
+    tl.store(target + row[:, None] * width + column, encoded, inside)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -185,16 +229,15 @@ def _decode_features(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    head = tl.program_id(1)
     feature = tl.arange(0, BLOCK)
     held = feature < HEAD_DIM
-    kv_head = head // (HEADS // KV_HEADS)
-    encoded = tl.load(inverse_key + kv_head * HEAD_DIM + feature, held, 0)[None, :]
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     inside = (row < num_tokens) & held[None, :]
-    start = row * (HEADS * HEAD_DIM) + head * HEAD_DIM
-    decoded = tl.load(source + start + encoded, inside)
-    tl.store(target + start + feature[None, :], decoded, inside)
+    head = tl.program_id(1)
+    own = row * (HEADS * HEAD_DIM) + head * HEAD_DIM + feature[None, :]
+    encoded = tl.load(source + own, inside, 0)
+    own_key = inverse_key + _kv_head(head, HEADS, KV_HEADS) * HEAD_DIM
+    tl.store(target + own, _permute(encoded, own_key, held, ROWS, BLOCK), inside)
 
 
 def draw_words(key: torch.Tensor, step: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -211,25 +254,54 @@ def draw_words(key: torch.Tensor, step: torch.Tensor, num_tokens: int) -> torch.
 
 
 def encode_rows(
-    hidden_states: torch.Tensor, words: torch.Tensor, counters: torch.Tensor
+    hidden_states: torch.Tensor, key: torch.Tensor, counters: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of contiguous `hidden_states` (T, H) in the order pi, and pi's inverse.
+    """The rows of contiguous `hidden_states` (T, H) in a fresh order pi, and its inverse.
 
-    pi sorts `words`, int64 (T,). Its inverse is int64 (T,). Adds 1 and T to `counters`,
-    int64 (2,).
+    pi sorts the words that `draw_words` draws for T rows under `key` at `counters`,
+    int64 (3,). Its inverse is int64 (T,). Adds 1 and T to the first two of `counters`;
+    the third is the kernel's own, and 0.
     """
+    num_tokens = len(hidden_states)
+    if num_tokens == 1:
+        # It has one order, by whatever word.
+        words = torch.empty_like(counters[:1])
+    elif num_tokens <= _FEW_WORDS.value:
+        words = None
+    else:
+        words = draw_words(key, counters, num_tokens)
+    return _encode_rows_by(words, hidden_states, key, counters)
+
+
+def encode_rows_by(
+    words: torch.Tensor, hidden_states: torch.Tensor, counters: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `encode_rows`, for `words`, int64 (T,). Equal ones keep the order of their
+    rows."""
+    return _encode_rows_by(words, hidden_states, words, counters)
+
+
+def _encode_rows_by(
+    words: torch.Tensor | None,
+    hidden_states: torch.Tensor,
+    key: torch.Tensor,
+    counters: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, width = hidden_states.shape
-    rows, rank = torch.empty_like(hidden_states), torch.empty_like(words)
-    block_rows = _block_rows(num_tokens)
+    rows, rank = torch.empty_like(hidden_states), counters.new_empty(num_tokens)
+    # One in a decode batch, to spread it over the accelerator.
+    block_rows = 1 if words is None else 4
     launch: Any = _encode_rows[(triton.cdiv(num_tokens, block_rows),)]
     launch(
         hidden_states,
         rows,
-        words,
+        key if words is None else words,
+        key,
         rank,
         counters,
         num_tokens,
         WIDTH=width,
+        DRAWS=words is None,
         ROWS=block_rows,
         num_warps=_WARPS,
     )
@@ -249,12 +321,11 @@ def encode_features(
 
     `qkv` is contiguous, has that shape, and is in the order of `encode_rows`, whose
     second result is `rank`. `positions` int64 (T,), `cos_sin_cache` (max_position, R) and
-    `key` int64 (M, D) are as in the codec.
+    `key` int32 (M, D) are as in the codec.
     """
     target = torch.empty_like(qkv)
     kv_heads, head_dim = key.shape
-    block_rows = _block_rows(len(qkv))
-    grid = (triton.cdiv(len(qkv), block_rows), num_heads + 2 * kv_heads)
+    grid = (triton.cdiv(len(qkv), _FEATURE_ROWS), num_heads + 2 * kv_heads)
     launch: Any = _encode_features[grid]
     launch(
         qkv,
@@ -270,9 +341,9 @@ def encode_features(
         HEAD_DIM=head_dim,
         ROTARY_DIM=cos_sin_cache.shape[-1],
         IS_NEOX=is_neox_style,
-        ROWS=block_rows,
+        ROWS=_FEATURE_ROWS,
         BLOCK=triton.next_power_of_2(head_dim),
-        num_warps=_WARPS,
+        num_warps=_FEATURE_WARPS,
         enable_fp_fusion=False,
     )
     return target
@@ -283,12 +354,12 @@ def decode_features(
 ) -> None:
     """Write `attention` (T, N x D) with its features in their own order to `output`.
 
-    Both are contiguous. `inverse_key`, int64 (M, D), is the key's argsort.
+    Both are contiguous. `inverse_key`, int32 (M, D), is the key's argsort.
     """
     kv_heads, head_dim = inverse_key.shape
     num_heads = attention.shape[-1] // head_dim
-    block_rows = _block_rows(len(attention))
-    launch: Any = _decode_features[(triton.cdiv(len(attention), block_rows), num_heads)]
+    grid = (triton.cdiv(len(attention), _FEATURE_ROWS), num_heads)
+    launch: Any = _decode_features[grid]
     launch(
         attention,
         output,
@@ -297,13 +368,7 @@ def decode_features(
         HEADS=num_heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
-        ROWS=block_rows,
+        ROWS=_FEATURE_ROWS,
         BLOCK=triton.next_power_of_2(head_dim),
-        num_warps=_WARPS,
+        num_warps=_FEATURE_WARPS,
     )
-
-
-def _block_rows(num_tokens: int) -> int:
-    """Rows per program: one in a decode batch, to spread it over the accelerator."""
-    wanted = triton.next_power_of_2(max(1, triton.cdiv(num_tokens, 64)))
-    return min(_MAX_BLOCK_ROWS, wanted)
