@@ -355,6 +355,38 @@ def test_the_watchdog_sees_a_trip_of_the_host(small, log):
     assert log.messages[0].startswith("SCX layer 7: the secure device cpu has not answer")
 
 
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_workers_sleep_until_a_trip_needs_them(device):
+    host, _, dtype = device
+    own, accelerator = host.workers._own, StandIn(host)
+
+    def all_asleep():
+        return (own.asleep[1:, 0] == 1).all()
+
+    # One row is worker 0's alone, and wakes nobody.
+    until(all_asleep)
+    accelerator.exchange(torch.zeros(1, HIDDEN, dtype=dtype), ENCODE_ROWS)
+    assert all_asleep()
+    assert own.served[:, 0].tolist() == [1, 0, 0]
+    # Worker 0 may serve a long trip before the others are awake, but not always.
+    hidden = torch.zeros(MAX_TOKENS, HIDDEN, dtype=dtype)
+
+    def all_serve():
+        accelerator.exchange(hidden, ENCODE_ROWS)
+        return (own.served[:, 0] > 1).all()
+
+    until(all_serve)
+    until(all_asleep)
+    host.close()
+    assert ended(host, seconds=0)
+
+
 def test_closing_does_not_wait_for_a_trip_that_is_cut_off(small):
     StandIn(small).ring(ENCODE_ROWS, 4)
     time.sleep(0.1)

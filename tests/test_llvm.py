@@ -133,6 +133,36 @@ def receive(data, flag, acknowledged, rounds):
     return wrong
 
 
+@numba.njit(nogil=True)
+def write_and_look(own, other, own_gate, other_gate, seen):
+    """In each round write a word, and see whether the other thread has written its."""
+    for turn in range(1, len(seen) + 1):
+        llvm.store_release(own_gate, turn)
+        spins = 0
+        while llvm.load_acquire(other_gate) < turn:
+            spin(spins)
+            spins += 1
+            if spins > PATIENCE:
+                return False
+        llvm.store_release(own, turn)
+        llvm.fence()
+        seen[turn - 1] = llvm.load_acquire(other) >= turn
+    return True
+
+
+def test_of_two_that_write_and_then_look_one_sees_the_other():
+    # Without the fence a core looks before others can see what it wrote.
+    words, seen = np.zeros(32, np.int64), np.zeros((2, 200_000), np.bool_)
+    mine, theirs, gate, other_gate = (at(words, 8 * i) for i in range(4))
+    assert all(
+        together(
+            lambda: write_and_look(mine, theirs, gate, other_gate, seen[0]),
+            lambda: write_and_look(theirs, mine, other_gate, gate, seen[1]),
+        )
+    )
+    assert seen.any(axis=0).all()
+
+
 def test_what_was_written_before_a_release_is_seen_after_its_acquire():
     data, words, rounds = np.zeros(100, np.int64), np.zeros(16, np.int64), 5000
     flags = at(words), at(words, 8)

@@ -38,6 +38,7 @@ from scx.kernels.host.memory import (
     Shared,
 )
 from scx.kernels.host.table import host_kernels
+from scx.kernels.host.waiting import new_semaphores, wake_all
 from scx.kernels.mailbox import Mailbox
 from scx.kernels.protocol import FLAG_STRIDE, require_within_limits
 
@@ -97,6 +98,7 @@ class _Workers:
         """Have them end, and wait for that as long as CLOSING_SECONDS."""
         self.failure = self.failure or "it was closed"
         self._own.control[STOP] = 1
+        wake_all(self._own)
         end = time.monotonic() + CLOSING_SECONDS
         for thread in self.threads:
             thread.join(max(0.0, end - time.monotonic()))
@@ -138,7 +140,9 @@ class HostDevice:
         own = Private(
             control=np.zeros(CONTROL_WORDS, np.int64),
             served=np.zeros((rank.workers, FLAG_STRIDE), np.int64),
-            trip=np.zeros(3, np.int64),
+            asleep=np.zeros((rank.workers, FLAG_STRIDE), np.int64),
+            semaphores=new_semaphores(rank.workers),
+            trip=np.zeros(4, np.int64),
             hops=np.array(hops, np.int64),
             orders=np.zeros((len(slots), 2), np.int64),
             words=np.zeros((len(slots), rank.max_tokens), np.uint64),

@@ -87,6 +87,12 @@ def compare_exchange(builder, address, expected, value):
     return builder.extract_value(builder.cmpxchg(pointer, expected, value, *orders), 1)
 
 
+@_compiled(void())
+def fence(builder):
+    """Order what this thread wrote before it against what it reads after it."""
+    builder.fence("seq_cst")
+
+
 # Hints to the core, which change no result.
 
 

@@ -12,6 +12,10 @@ Who writes and who reads each shared word:
                                             late worker cannot claim in another trip
     served   its own worker    worker 0     released after the chunk; a trip is announced
                                             once all chunks of the last one are served
+    asleep   its own worker,   its own,     compare-exchange; who clears another's posts
+             who wakes it      who wakes it its semaphore. A worker sets it and then looks
+                                            at TURN, worker 0 writes TURN and then looks
+                                            at it, each with a fence in between
     STOP     any thread        all workers  ends every wait
     STATUS   first that fails  all workers  compare-exchange from OK; ends every wait
 
@@ -39,7 +43,7 @@ CONTROL_WORDS = 6 * FLAG_STRIDE
 HOP_KIND, HOP_LAYER, HOP_WIDTH = range(3)
 ENCODE_ROWS, ENCODE_FEATURES, DECODE_FEATURES = range(3)
 # Columns of `trip`.
-TRIP_HOP, TRIP_TOKENS, TRIP_CHUNKS = range(3)
+TRIP_HOP, TRIP_TOKENS, TRIP_CHUNKS, TRIP_WORKERS = range(4)
 # Columns of `orders`: words drawn ahead for the next step, and rows of the current step
 # whose features are still to come.
 FRESH, SENT = range(2)
@@ -66,8 +70,12 @@ class Private(NamedTuple):
     """int64 (CONTROL_WORDS,)"""
     served: np.ndarray
     """int64 (workers, FLAG_STRIDE): column 0 counts the chunks that each has served."""
+    asleep: np.ndarray
+    """int64 (workers, FLAG_STRIDE): column 0 is 1 while each waits for its semaphore."""
+    semaphores: np.ndarray
+    """int64 (workers, FLAG_STRIDE): a sem_t of the C library for each."""
     trip: np.ndarray
-    """int64 (3,): the trip that worker 0 announced."""
+    """int64 (4,): the trip that worker 0 announced, and how many workers serve it."""
     hops: np.ndarray
     """int64 (hops, 3): kind, layer and width."""
     orders: np.ndarray
@@ -118,6 +126,8 @@ def borrowed(shared, own):
         Private(
             _borrowed(own.control),
             _borrowed(own.served),
+            _borrowed(own.asleep),
+            _borrowed(own.semaphores),
             _borrowed(own.trip),
             _borrowed(own.hops),
             _borrowed(own.orders),

@@ -1,18 +1,28 @@
-"""How a worker waits: it spins for a while after its last work, then it naps."""
+"""How a worker waits: it spins for a while after its last work, then it sleeps.
+
+Worker 0 watches a word that the accelerator writes, so it naps and looks again. The
+others sleep in the operating system until worker 0 wakes those that a trip needs. A
+trip does not depend on them: those that are awake serve all of it.
+"""
 
 import ctypes
 import time
 
+import numba
+import numpy as np
+
 from scx.kernels.host.compiled import inlined, libc
-from scx.kernels.host.llvm import load_acquire, relax
-from scx.kernels.host.memory import CUT_OFF, OK, STATUS, STOP, address
-from scx.kernels.protocol import FLAG_STRIDE
+from scx.kernels.host.llvm import compare_exchange, fence, load_acquire, relax
+from scx.kernels.host.memory import CUT_OFF, OK, STATUS, STOP, TURN, address
+from scx.kernels.protocol import FLAG_BYTES, FLAG_STRIDE
 
 ENDED = -1
 """The result of a wait that stops because its worker must."""
 
-# About 40 ns per spin: 20 ms, more than the gap between two decode steps.
+# About 40 ns per spin. Worker 0: 20 ms, more than the gap between two decode steps. The
+# others: 400 us, more than the gaps between the trips of a layer.
 _SPINS = 500_000
+_HELPER_SPINS = 10_000
 # After this many spins a waiting thread yields its core now and then, since there may be
 # more threads than cores.
 _SPINS_ALONE = 250
@@ -24,6 +34,9 @@ _SHORT_NAPS = 10_000
 
 _sched_yield = libc("sched_yield")
 _usleep = libc("usleep", ctypes.c_uint)
+_sem_init = libc("sem_init", ctypes.c_size_t, ctypes.c_int, ctypes.c_uint)
+_sem_wait = libc("sem_wait", ctypes.c_size_t)
+_sem_post = libc("sem_post", ctypes.c_size_t)
 _clock_gettime = libc("clock_gettime", ctypes.c_int, ctypes.c_void_p)
 _MONOTONIC = time.CLOCK_MONOTONIC
 
@@ -83,8 +96,8 @@ def wait_for_rows(shared, own, first, last, turn):
 
 @inlined
 def wait_for_trip(flag, last, own, idle):
-    """Wait until the turn at address `flag` is no longer `last`: OK or ENDED, and the
-    turn.
+    """Worker 0's wait until the turn at address `flag` is no longer `last`: OK or ENDED,
+    and the turn.
 
     `idle`, int64 (2,), counts what this worker waited: spins since its last work,
     naps since the last trip.
@@ -104,6 +117,54 @@ def wait_for_trip(flag, last, own, idle):
             idle[1] += 1
         else:
             _usleep(_LONG_NAP_MICROSECONDS)
+
+
+@inlined
+def wait_to_help(worker, last, own, idle):
+    """Another worker's wait until a turn after `last` is announced: OK or ENDED, and the
+    turn. `idle` is as in `wait_for_trip`."""
+    turn, asleep = address(own.control, TURN), address(own.asleep, FLAG_STRIDE * worker)
+    while True:
+        now = load_acquire(turn)
+        if now != last:
+            return OK, now
+        if _must_end(own):
+            return ENDED, last
+        if idle[0] < _HELPER_SPINS:
+            spin(idle[0])
+            idle[0] += 1
+            continue
+        compare_exchange(asleep, 0, 1)
+        fence()
+        # Unless nothing came meanwhile, and unless nobody saw it asleep before.
+        changed = load_acquire(turn) != last or _must_end(own)
+        if not changed or not compare_exchange(asleep, 1, 0):
+            while _sem_wait(own.semaphores.ctypes.data + FLAG_BYTES * worker) != 0:
+                pass
+            idle[0] = 0
+
+
+@inlined
+def wake(own, workers):
+    """Wake those of the first `workers` that sleep, after what this thread wrote."""
+    fence()
+    for worker in range(1, workers):
+        if compare_exchange(address(own.asleep, FLAG_STRIDE * worker), 1, 0):
+            _sem_post(own.semaphores.ctypes.data + FLAG_BYTES * worker)
+
+
+@numba.njit(nogil=True)
+def wake_all(own):
+    """Wake every worker, so that it sees that it must end."""
+    wake(own, len(own.asleep))
+
+
+def new_semaphores(workers: int) -> np.ndarray:
+    """`Private.semaphores`, each of them 0."""
+    words = np.zeros((workers, FLAG_STRIDE), np.int64)
+    for worker in range(workers):
+        _sem_init(words.ctypes.data + FLAG_BYTES * worker, 0, 0)
+    return words
 
 
 @inlined

@@ -53,6 +53,7 @@ from scx.kernels.host.memory import (
     TRIP_CHUNKS,
     TRIP_HOP,
     TRIP_TOKENS,
+    TRIP_WORKERS,
     TURN,
     address,
     borrowed,
@@ -64,6 +65,8 @@ from scx.kernels.host.waiting import (
     wait_for_rows,
     wait_for_trip,
     wait_for_workers,
+    wait_to_help,
+    wake,
 )
 from scx.kernels.protocol import (
     FLAG_STRIDE,
@@ -78,6 +81,9 @@ from scx.kernels.protocol import (
 _CLAIM_BITS = 32
 _CLAIM_MASK = (1 << _CLAIM_BITS) - 1
 _ROWS_MASK = (1 << ROWS_BITS) - 1
+
+# Another worker helps with this many bytes, which take one worker a few microseconds.
+_BYTES_PER_WORKER = 32 * 1024
 
 _chunk_rows_of: Any = inlined(chunk_rows_of)
 _group_of: Any = inlined(group_of)
@@ -118,6 +124,12 @@ def _claim(own, turn):
         if compare_exchange(claims, word, word - 1):
             # Read after the claim: the trip cannot change before this chunk is served.
             return own.trip[TRIP_CHUNKS] - left
+
+
+@inlined
+def _workers_for(size, workers):
+    """How many of `workers` serve a trip of so many bytes."""
+    return min(workers, 1 + size // _BYTES_PER_WORKER)
 
 
 @inlined
@@ -177,8 +189,10 @@ def _leading(dtype: torch.dtype, features: str) -> tuple[Callable, Callable]:
         own.trip[TRIP_CHUNKS] = chunks
         # Chunk 0 is worker 0's.
         claims = (turn << _CLAIM_BITS) | (chunks - 1)
+        own.trip[TRIP_WORKERS] = workers = _workers_for(size, len(own.served))
         store_release(address(own.control, CLAIMS), claims)
         store_release(address(own.control, TURN), turn)
+        wake(own, workers)
         return OK
 
     @inlined
@@ -283,7 +297,7 @@ def worker_loop(dtype: torch.dtype, features: str) -> Any:
     @inlined
     def serve_trips(worker, shared, own):
         control, leads = own.control, worker == 0
-        flag = address(shared.ready, 0) if leads else address(control, TURN)
+        flag = address(shared.ready, 0)
         own_served = address(own.served, FLAG_STRIDE * worker)
         pi = np.empty(2 * GROUP_ROWS, np.int32)
         order = _Order(pi, np.empty_like(pi), np.empty(1, np.int64))
@@ -291,7 +305,10 @@ def worker_loop(dtype: torch.dtype, features: str) -> Any:
         turn = served = announced = np.int64(0)
         start = np.int64(0)
         while True:
-            status, turn = wait_for_trip(flag, turn, own, idle)
+            if leads:
+                status, turn = wait_for_trip(flag, turn, own, idle)
+            else:
+                status, turn = wait_to_help(worker, turn, own, idle)
             if leads and status == OK:
                 start = nanoseconds(moment)
                 store_release(address(control, BUSY_SINCE), start)
@@ -301,7 +318,12 @@ def worker_loop(dtype: torch.dtype, features: str) -> Any:
                 announced += own.trip[TRIP_CHUNKS]
             if status != OK:
                 return status
-            chunk = np.int64(0) if leads else _claim(own, turn)
+            if leads:
+                chunk = np.int64(0)
+            elif worker < own.trip[TRIP_WORKERS]:
+                chunk = _claim(own, turn)
+            else:
+                chunk = np.int64(-1)
             if chunk < 0:
                 continue
             trip = _read_trip(shared, own, turn)
@@ -336,6 +358,7 @@ def worker_loop(dtype: torch.dtype, features: str) -> Any:
         # Every worker does this after its last answer, so that the flags stay forsaken.
         for flag in range(0, len(shared.done), FLAG_STRIDE):
             store_release(address(shared.done, flag), FORSAKEN)
+        wake(own, len(own.served))
         return status
 
     return serve
