@@ -13,16 +13,24 @@ import numpy as np
 
 from scx.kernels.host.compiled import inlined, libc
 from scx.kernels.host.llvm import compare_exchange, fence, load_acquire, relax
-from scx.kernels.host.memory import CUT_OFF, OK, STATUS, STOP, TURN, address
+from scx.kernels.host.memory import (
+    CUT_OFF,
+    OK,
+    STATUS,
+    STOP,
+    TRIP_WORKERS,
+    TURN,
+    address,
+)
 from scx.kernels.protocol import FLAG_BYTES, FLAG_STRIDE
 
 ENDED = -1
 """The result of a wait that stops because its worker must."""
 
 # About 40 ns per spin. Worker 0: 20 ms, more than the gap between two decode steps. The
-# others: 400 us, more than the gaps between the trips of a layer.
+# others: 250 us, more than the gaps between the trips of a layer.
 _SPINS = 500_000
-_HELPER_SPINS = 10_000
+_HELPER_SPINS = 6_000
 # After this many spins a waiting thread yields its core now and then, since there may be
 # more threads than cores.
 _SPINS_ALONE = 250
@@ -95,9 +103,9 @@ def wait_for_rows(shared, own, first, last, turn):
 
 
 @inlined
-def wait_for_trip(flag, last, own, idle):
+def wait_for_trip(flag, last, own, idle, alarm):
     """Worker 0's wait until the turn at address `flag` is no longer `last`: OK or ENDED,
-    and the turn.
+    and the turn. After `alarm` spins it wakes those that served the last trip.
 
     `idle`, int64 (2,), counts what this worker waited: spins since its last work,
     naps since the last trip.
@@ -110,6 +118,8 @@ def wait_for_trip(flag, last, own, idle):
         if _must_end(own):
             return ENDED, last
         if idle[0] < _SPINS:
+            if idle[0] == alarm:
+                wake(own, own.trip[TRIP_WORKERS])
             spin(idle[0])
             idle[0] += 1
         elif idle[1] < _SHORT_NAPS:
