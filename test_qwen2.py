@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-from lab.cli import Parser
+from lab.cli import Parser, positive
 from lab.processes import in_new_process
 from scx import keys
 from scx.commands.demo_model import embedded_model
@@ -90,10 +90,10 @@ def main() -> int:
     parser.add_argument("--secure-device", default="cpu")
     parser.add_argument("--debug", action="store_true", help="log every encoded layer")
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--max-tokens", type=positive, default=32)
+    parser.add_argument("--max-model-len", type=positive, default=2048)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--tensor-parallel-size", type=positive, default=1)
     parser.add_argument("--enforce-eager", action="store_true")
     options = parser.parse_args()
     # In float32 the two arms differ by rounding only and give the same tokens.

@@ -29,8 +29,6 @@ from benchmark_throughput.options import (
     add_engine_options,
     distinct,
     make_setting,
-    natural,
-    positive,
     read_num_hidden_layers,
 )
 from benchmark_throughput.ratios import CURVES, report
@@ -44,7 +42,7 @@ from benchmark_throughput.records import (
     parse_workload,
     read_records,
 )
-from lab.cli import Parser, UsageError
+from lab.cli import Parser, UsageError, natural, positive
 from lab.processes import interruptible
 
 RESULTS = Path(__file__).parent / "results"

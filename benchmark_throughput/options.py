@@ -14,20 +14,6 @@ from scx.errors import SCXConfigError
 from scx.keys import scx_env_init
 
 
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """A whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
 def distinct(kind: str, items: list[Any]) -> list[Any]:
     """The same items. Raises UsageError where two have one name."""
     names = [item.name for item in items]

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_throughput.compare import RESULTS, say
-from benchmark_throughput.options import distinct, natural, positive, survey_for
+from benchmark_throughput.options import distinct, survey_for
 from benchmark_throughput.records import NATIVE, Arm, parse_arm
-from lab.cli import Parser, UsageError
+from lab.cli import Parser, UsageError, natural, positive
 from lab.processes import in_new_process, interruptible
 from lab.tables import as_markdown
 

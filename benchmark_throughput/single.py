@@ -25,8 +25,6 @@ from benchmark_throughput.harness import (
 from benchmark_throughput.options import (
     add_engine_options,
     make_setting,
-    natural,
-    positive,
     read_num_hidden_layers,
 )
 from benchmark_throughput.records import (
@@ -37,7 +35,7 @@ from benchmark_throughput.records import (
     Workload,
     parse_arm,
 )
-from lab.cli import Parser, UsageError
+from lab.cli import Parser, UsageError, natural, positive
 from lab.processes import ArmFailed, in_own_session, interruptible
 from scx.commands.demo_model import Architecture, embedded_model
 from scx.errors import SCXError

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lab.cli import Parser
 from lab.engines import engine, in_new_process
 from lab.prompts import MIXED
 from lab.tables import as_markdown
@@ -73,6 +74,7 @@ def compare(
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     results: dict[str, Any] = {
         "dtype": "bfloat16",
         "device": f"a CPU ({platform.machine()})",

@@ -5,11 +5,16 @@
 # the command's help, must do without.
 set -euo pipefail
 wheel=$(realpath "$1")
+root=$(dirname "$(dirname "$(realpath "$0")")")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3}" -m venv "$work/env"
 # Not from the repository, whose own scx would be imported.
+unset PYTHONPATH PYTHONHOME
+(cd "$root" && git ls-files scx | sort) > "$work/tracked"
 cd "$work"
+env/bin/python -m zipfile -l "$wheel" | grep -o '^scx/[^ ]*' | sort > shipped
+diff tracked shipped
 env/bin/python -m pip install --quiet --disable-pip-version-check --no-index --no-deps "$wheel"
 env/bin/scx --help > script
 env/bin/python -m scx --help > module

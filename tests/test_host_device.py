@@ -24,13 +24,22 @@ from scx.devices.interface import Rank
 from scx.devices.plain import PlainSecureLayer
 from scx.errors import SCXSecureDeviceError, SCXUnsupportedError
 from scx.kernels.host import worker as host_worker
-from scx.kernels.host.memory import DECODE_FEATURES, ENCODE_FEATURES, ENCODE_ROWS
+from scx.kernels.host.llvm import load_acquire, store_release
+from scx.kernels.host.memory import (
+    CLAIMS,
+    DECODE_FEATURES,
+    ENCODE_FEATURES,
+    ENCODE_ROWS,
+    TRIP_CHUNKS,
+)
 from scx.kernels.host.table import host_kernels
+from scx.kernels.host.waiting import spin
 from scx.kernels.protocol import (
     FLAG_STRIDE,
     FORSAKEN,
     GROUP_ROWS,
     LIMIT,
+    MAX_CHUNK_ROWS,
     ROWS_BITS,
     chunk_rows_of,
     group_of,
@@ -166,7 +175,13 @@ def test_traffic_counts_bytes_of_both_directions(device):
     traffic = HostSecureLayer(host, 0).traffic
     assert (traffic.steps, traffic.crossings) == (2, 4)
     assert traffic.bytes_in == traffic.bytes_out == 2 * hidden.nbytes
-    # The second hop's time is counted after its answer, the first one's before.
+    qkv = torch.zeros(5, (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=dtype)
+    positions = torch.arange(5)
+    accelerator.exchange(qkv, ENCODE_FEATURES, positions)
+    traffic = HostSecureLayer(host, 0).traffic
+    assert traffic.bytes_out == 2 * hidden.nbytes + qkv.nbytes
+    assert traffic.bytes_in == traffic.bytes_out + positions.nbytes
+    # The last hop's time is counted after its answer, the others' before.
     assert 0 < traffic.secure_seconds < 1
 
 
@@ -297,11 +312,16 @@ def test_an_abandoned_step_takes_its_order_with_it(device):
     host, _, dtype = device
     accelerator = StandIn(host)
     hidden = torch.arange(64).to(dtype)[:, None].repeat(1, HIDDEN)
-    orders = {
+    # A whole step, after which the words of the next one are drawn ahead.
+    whole = accelerator.exchange(hidden, ENCODE_ROWS)
+    qkv = torch.zeros(64, (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=dtype)
+    accelerator.exchange(qkv, ENCODE_FEATURES, torch.arange(64))
+    accelerator.exchange(qkv[:, : HEADS * HEAD_DIM].contiguous(), DECODE_FEATURES)
+    orders = {tuple(whole[:, 0].tolist())} | {
         tuple(accelerator.exchange(hidden, ENCODE_ROWS)[:, 0].tolist()) for _ in range(3)
     }
-    # Two of them are equal with a chance of 3 / 64!.
-    assert len(orders) == 3
+    # Two of them are equal with a chance of 6 / 64!.
+    assert len(orders) == 4
 
 
 def test_a_plain_layers_order_serves_one_step(device):
@@ -345,21 +365,99 @@ def test_a_trip_that_is_cut_off_ends_the_workers(log, monkeypatch):
     assert "its kernel was cut off" in log.messages[0]
 
 
-def test_the_watchdog_sees_a_trip_of_the_host(small, log):
-    layer = HostSecureLayer(small, 0)
-    assert layer.busy_since is None
-    StandIn(small).ring(ENCODE_ROWS, 4)
-    deadline = time.monotonic() + 20
-    while not log.messages and time.monotonic() < deadline:
-        watchdog._report({7: layer}, patience=0.01)
-    assert log.messages[0].startswith("SCX layer 7: the secure device cpu has not answer")
-
-
 def until(condition):
     deadline = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def test_the_watchdog_sees_a_trip_of_the_host(log):
+    host = small_host(layers=2)
+    layers = {i + 7: HostSecureLayer(host, i) for i in range(2)}
+    accelerator = StandIn(host)
+    accelerator.ring(3 + DECODE_FEATURES, 4)
+
+    def is_reported():
+        watchdog._report(layers, patience=0.01)
+        return log.messages
+
+    until(is_reported)
+    start = "SCX layer 8: the secure device cpu has not answered"
+    assert all(message.startswith(start) for message in log.messages)
+    # The other chunks arrive.
+    host.mailbox.ready[FLAG_STRIDE::FLAG_STRIDE] = accelerator.turn
+    until(lambda: all(layer.busy_since is None for layer in layers.values()))
+    host.close()
+
+
+@pytest.fixture
+def helped(monkeypatch):
+    """A host whose worker 1 gets chunk 1 of a long trip, and what it meets there:
+    gates[0] is 1 once it is there, gates[1] ends it, with an exception if it is 2."""
+    real = host_kernels(torch.bfloat16, "permutation").decode_features
+    gates = np.zeros(2, np.int64)
+    there, way_out = gates.ctypes.data, gates.ctypes.data + 8
+
+    @numba.njit
+    def decode(src, dst, key, first, last):
+        while first == 0 and load_acquire(there) == 0:
+            spin(1000)
+        if first == MAX_CHUNK_ROWS:
+            store_release(there, 1)
+            while load_acquire(way_out) == 0:
+                spin(1000)
+            if load_acquire(way_out) == 2:
+                raise MemoryError
+        real(src, dst, key, first, last)
+
+    def planted(dtype, features):
+        return host_kernels(dtype, features)._replace(decode_features=decode)
+
+    monkeypatch.setattr(host_worker, "host_kernels", planted)
+    for name in ("_leading", "_chunk_server", "worker_loop"):
+        monkeypatch.setattr(host_worker, name, getattr(host_worker, name).__wrapped__)
+    host = small_host(max_tokens=4096)
+    host.mailbox.ready[FLAG_STRIDE::FLAG_STRIDE] = 1
+    StandIn(host).ring(DECODE_FEATURES, 4096)
+    until(lambda: gates[0] == 1)
+    yield host, gates
+    gates[1] = 1
+    host.close()
+
+
+def test_a_trip_is_not_over_before_its_last_chunk(helped):
+    host, gates = helped
+    done = host.mailbox.done[: 128 * FLAG_STRIDE : FLAG_STRIDE]
+    until(lambda: done.sum() == 127)
+    time.sleep(0.1)
+    assert HostSecureLayer(host, 0).busy_since is not None
+    gates[1] = 1
+    until(lambda: HostSecureLayer(host, 0).busy_since is None)
+    assert done.sum() == 128
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_exception_in_a_worker_ends_them_all(helped, log):
+    host, gates = helped
+    gates[1] = 2
+    assert ended(host)
+    assert_forsaken(host, "ended by an exception")
+    assert [record.levelname for record in log.records] == ["ERROR"]
+
+
+def test_no_chunk_of_another_turn_is_claimed():
+    host = small_host()
+    host.close()
+    own = host.workers._own
+
+    @numba.njit
+    def claim(own, turn):
+        return host_worker._claim(own, turn)
+
+    own.trip[TRIP_CHUNKS] = 4
+    own.control[CLAIMS] = 5 << 32 | 2
+    assert [claim(own, turn) for turn in (4, 6, 5, 5, 5)] == [-1, -1, 2, 3, -1]
 
 
 def test_workers_sleep_until_a_trip_needs_them(device):

@@ -28,11 +28,13 @@ from scx.kernels.host.memory import (
     CONTROL_WORDS,
     CUT_OFF,
     DECODE_FEATURES,
+    DIED,
     ENCODE_FEATURES,
     ENCODE_ROWS,
     HOP_LAYER,
     NO_RANDOMNESS,
     OK,
+    STATUS,
     STOP,
     Private,
     Shared,
@@ -40,7 +42,7 @@ from scx.kernels.host.memory import (
 from scx.kernels.host.table import host_kernels
 from scx.kernels.host.waiting import new_semaphores, wake_all
 from scx.kernels.mailbox import Mailbox
-from scx.kernels.protocol import FLAG_STRIDE, require_within_limits
+from scx.kernels.protocol import FLAG_STRIDE, FORSAKEN, require_within_limits
 
 CLOSING_SECONDS = 10.0
 """How long closing a HostDevice waits for its workers at most."""
@@ -55,6 +57,7 @@ _FAILURES = {
     CUT_OFF: "rows that the accelerator announced did not come: its kernel was cut off, "
     "as by another CUDA error",
     BAD_REQUEST: "the accelerator asked for a trip that no step makes",
+    DIED: "a worker ended by an exception, which is in the log",
 }
 
 # vLLM's logger of the same name, whose handlers and levels apply.
@@ -82,10 +85,19 @@ class _Workers:
             thread.start()
 
     def _run(self, worker: int) -> None:
-        status = self._serve(worker, self._shared, self._own)
-        if status != OK:
-            self.failure = _FAILURES[status]
-            _logger.error("SCX: the secure device cpu has ended: %s", self.failure)
+        status = DIED
+        try:
+            status = self._serve(worker, self._shared, self._own)
+        finally:
+            if status == DIED:
+                # What the loop does before it returns. The threading module reports the
+                # exception itself.
+                self._own.control[STATUS] = DIED
+                self._shared.done[::FLAG_STRIDE] = FORSAKEN
+                wake_all(self._own)
+            if status != OK:
+                self.failure = _FAILURES[status]
+                _logger.error("SCX: the secure device cpu has ended: %s", self.failure)
 
     def busy_since(self, slot: int) -> float | None:
         """When the trip of a layer that is being served began, by time.monotonic."""

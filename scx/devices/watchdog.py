@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from scx.devices.interface import SecureLayer
 
-PATIENCE = 30.0
-"""Seconds."""
+PATIENCE = 10.0
+"""Seconds: less than an accelerator's kernel waits for the host before it gives up."""
 
 # vLLM's logger of the same name, whose handlers and levels apply.
 _logger = logging.getLogger("vllm.scx")

@@ -10,8 +10,11 @@ Who writes and who reads each shared word:
     TURN     worker 0          the others   released after `trip`, the words and CLAIMS
     CLAIMS   all workers       all workers  compare-exchange; it holds the turn, so that a
                                             late worker cannot claim in another trip
-    served   its own worker    worker 0     released after the chunk; a trip is announced
-                                            once all chunks of the last one are served
+    served   its own worker    worker 0     released after the chunk; a trip is over, and
+                                            the next announced, once all its chunks are
+    BUSY_*   worker 0          any thread   since when, and which, a trip is being served;
+                                            0 from its end on. Nothing is read by them
+    counters worker 0          any thread   each is one word, which only grows
     asleep   its own worker,   its own,     compare-exchange; who clears another's posts
              who wakes it      who wakes it its semaphore. A worker sets it and then looks
                                             at TURN, worker 0 writes TURN and then looks
@@ -34,7 +37,7 @@ from scx.kernels.host.llvm import pointer
 from scx.kernels.protocol import FLAG_STRIDE
 
 # What a worker's loop returns, and the values of STATUS.
-OK, NO_RANDOMNESS, CUT_OFF, BAD_REQUEST = range(4)
+OK, NO_RANDOMNESS, CUT_OFF, BAD_REQUEST, DIED = range(5)
 
 # Words of `control`, one cache line each.
 STOP, STATUS, TURN, CLAIMS, BUSY_SINCE, BUSY_HOP = range(0, 6 * FLAG_STRIDE, FLAG_STRIDE)

@@ -309,9 +309,7 @@ def worker_loop(dtype: torch.dtype, features: str) -> Any:
             if leads and status == OK:
                 start = nanoseconds(moment)
                 store_release(address(control, BUSY_SINCE), start)
-                status = wait_for_workers(own, announced)
-                if status == OK:
-                    status = accept(shared, own, turn)
+                status = accept(shared, own, turn)
                 announced += own.trip[TRIP_CHUNKS]
             if status != OK:
                 return status
@@ -334,6 +332,10 @@ def worker_loop(dtype: torch.dtype, features: str) -> Any:
                 store_release(own_served, served)
                 chunk = _claim(own, turn)
             if leads:
+                # The trip is not over before the others' last chunks are.
+                status = wait_for_workers(own, announced)
+                if status != OK:
+                    return status
                 own.counters[trip.layer, COUNT_TIME] += nanoseconds(moment) - start
                 store_release(address(control, BUSY_SINCE), 0)
                 layer, alarm = -1, -1
