@@ -28,9 +28,11 @@ ENDED = -1
 """The result of a wait that stops because its worker must."""
 
 # About 40 ns per spin. Worker 0: 20 ms, more than the gap between two decode steps. The
-# others: 250 us, more than the gaps between the trips of a layer.
+# others: 300 us, more than the gaps between the trips of a layer, and they are woken half
+# of that before a trip is due.
 _SPINS = 500_000
-_HELPER_SPINS = 6_000
+_HELPER_SPINS = 8_000
+LEAD_SPINS = 4_000
 # After this many spins a waiting thread yields its core now and then, since there may be
 # more threads than cores.
 _SPINS_ALONE = 250

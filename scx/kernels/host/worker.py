@@ -61,6 +61,7 @@ from scx.kernels.host.memory import (
 from scx.kernels.host.table import host_kernels
 from scx.kernels.host.waiting import (
     ENDED,
+    LEAD_SPINS,
     nanoseconds,
     wait_for_rows,
     wait_for_trip,
@@ -342,7 +343,7 @@ def worker_loop(dtype: torch.dtype, features: str) -> Any:
                 if trip.kind == DECODE_FEATURES:
                     # Those that sleep wake shortly before it is as long ago again.
                     layer = trip.layer
-                    alarm = gaps[layer] - gaps[layer] // 16
+                    alarm = gaps[layer] - LEAD_SPINS
                     # Nobody reads this layer's words before they are announced.
                     status = draw_ahead(own, trip.layer, trip.tokens)
                     if status != OK:
