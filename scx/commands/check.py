@@ -125,14 +125,14 @@ def _host_kernels() -> str:
         hidden_size=head_dim,
         dtype=torch.bfloat16,
         max_tokens=1,
-        cos_sin_cache=torch.zeros(1, head_dim),
         is_neox_style=True,
+        accelerator=torch.device("cpu"),
         secure_device=torch.device("cpu"),
         workers=1,
     )
     start = time.monotonic()
     try:
-        host = HostDevice([features], rank)
+        host = HostDevice([features], [torch.zeros(1, head_dim)], rank)
     except NumbaError as error:
         raise SCXError(f"numba cannot compile them: {error}") from error
     host.close()

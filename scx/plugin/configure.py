@@ -60,10 +60,9 @@ def _use_piecewise_graphs(vllm_config: "VllmConfig", secure_device: str) -> None
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
         if current_platform.is_cuda_alike():
             init_logger("vllm.scx").warning(
-                "SCX: for %s with secure device %s each step waits for Python, so CUDA "
-                "graphs are PIECEWISE and decoding is several times slower; whole graphs "
-                "need a model without query and key norms and %s=cpu or cuda",
-                vllm_config.model_config.architecture,
+                "SCX: with secure device %s each step waits for Python, so CUDA graphs "
+                "are PIECEWISE and decoding is several times slower; whole graphs need "
+                "%s=cpu or cuda",
                 secure_device,
                 SECURE_DEVICE,
             )
