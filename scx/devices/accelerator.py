@@ -23,6 +23,7 @@ class AcceleratorSecureLayer(SecureLayer):
     layer's own and never leaves it.
     """
 
+    kernels = "Triton kernels of the GPU"
     in_graphs = True
     on_accelerator = True
 

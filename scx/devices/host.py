@@ -201,6 +201,7 @@ class HostDevice:
 class HostSecureLayer(SecureLayer):
     """One encoded layer of a HostDevice."""
 
+    kernels = "threads of the host"
     in_graphs = True
 
     @classmethod

@@ -61,6 +61,8 @@ class SecureLayer(ABC):
     key/value heads of D features on this rank.
     """
 
+    kernels: ClassVar[str]
+    """What runs the calls, for people."""
     in_graphs: ClassVar[bool]
     """Whether a CUDA graph can hold the calls: none of them waits for Python."""
     on_accelerator: ClassVar[bool] = False

@@ -21,6 +21,7 @@ from scx.errors import SCXSecureDeviceError
 class PlainSecureLayer(SecureLayer):
     """One encoded layer whose calls wait in Python for the secure device."""
 
+    kernels = "torch operations"
     in_graphs = False
 
     @classmethod
