@@ -6,7 +6,7 @@ import re
 import pytest
 
 from benchmark_throughput.records import read_records
-from scripts import compatibility
+from scripts import architectures, compatibility
 from scripts.compatibility_probe import CHECKS, verdict
 from scx.plugin import versions
 
@@ -110,3 +110,9 @@ def test_the_table_is_the_files():
     rows = json.loads((compatibility.DOCS / "versions.json").read_text())
     text = (compatibility.DOCS / "versions.md").read_text()
     assert text == compatibility.markdown(rows)
+
+
+def test_the_architectures_that_are_listed_are_those_of_the_package():
+    text = (compatibility.DOCS / "compatibility.md").read_text()
+    listed = f"{architectures.BEGIN}\n\n{architectures.table()}\n\n{architectures.END}"
+    assert listed in text

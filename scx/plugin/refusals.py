@@ -6,11 +6,13 @@ Each reason ends the sentence "SCX_ENC_LAYERS=... asks for encoding, but ...".
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from scx.codecs.interface import FeatureCodec
 from scx.devices import placement
 from scx.errors import SCXUnsupportedError
 from scx.keys import CODEC, ENC_LAYERS, SCXConfig
 from scx.plugin import kv_store, rotary
 from scx.plugin.architectures import (
+    Architecture,
     Trait,
     architecture_of,
     encoded_architectures,
@@ -125,9 +127,8 @@ def feature_obstacles(vllm_config: "VllmConfig", plan: EncodingPlan) -> Iterator
             f"{plan.architecture.name} norms queries and keys over all ranks, each of "
             "which shuffles rows in its own order: leave tensor_parallel_size at 1"
         )
-    for trait in (Trait.SINKS, Trait.SOFT_CAPS):
-        if trait in traits and plan.codec.shifts_scores:
-            yield _shifted(plan, f"{plan.architecture.name} has {trait.value}")
+    for trait in clashes(plan.codec, plan.architecture):
+        yield _shifted(plan, f"{plan.architecture.name} has {trait.value}")
     yield from _cache_obstacles(_cache_dtype(vllm_config), plan)
     mode = _whole_graphs(vllm_config)
     if mode and not plan.device.in_graphs:
@@ -135,6 +136,12 @@ def feature_obstacles(vllm_config: "VllmConfig", plan: EncodingPlan) -> Iterator
             f"cudagraph_mode={mode} captures the secure step, which synchronises "
             "with the host: leave it out, or use PIECEWISE or NONE"
         )
+
+
+def clashes(codec: type[FeatureCodec], architecture: Architecture) -> list[Trait]:
+    """What of an architecture would see how a codec encodes scores, in a fixed order."""
+    seeing = (Trait.SINKS, Trait.SOFT_CAPS) if codec.shifts_scores else ()
+    return [trait for trait in seeing if trait in architecture.traits]
 
 
 def _whole_graphs(vllm_config: "VllmConfig") -> str:
