@@ -153,9 +153,8 @@ def tokens(said):
 
 def test_every_architecture_has_a_tiny_model():
     rows = encoded_architectures()
-    assert {rows[architecture] for architecture, _ in MODELS.values()} == set(
-        ARCHITECTURES
-    )
+    generating = {row for row in ARCHITECTURES if row.name.endswith("ForCausalLM")}
+    assert {rows[architecture] for architecture, _ in MODELS.values()} == generating
 
 
 def test_the_quick_ones_do_all_that_attention_can_do():

@@ -69,7 +69,7 @@ def refusals(llama, tmp_path_factory):
             config("opts", "OPTForSequenceClassification", "opt"),
             {},
         ),
-        "reward": (config("reward", "Qwen2ForProcessRewardModel", "qwen2"), {}),
+        "reward": (config("reward", "InternLM2ForRewardModel", "qwen2"), {}),
         "scaled queries": (
             config(
                 "ministral",
@@ -202,7 +202,7 @@ def test_what_fits_is_recorded(case, refusals):
         (
             "reward",
             "SCXUnsupportedError",
-            ["Qwen2ForProcessRewardModel is not encoded"],
+            ["InternLM2ForRewardModel is not encoded"],
         ),
         (
             "beyond the rotary table",

@@ -69,6 +69,8 @@ ARCHITECTURES = (
     _architecture("phi3", "Phi3ForCausalLM"),
     _architecture("qwen2", "Qwen2ForCausalLM", Trait.HEAD_NORMS),
     _architecture("qwen2_moe", "Qwen2MoeForCausalLM"),
+    _architecture("qwen2_rm", "Qwen2ForProcessRewardModel", Trait.HEAD_NORMS),
+    _architecture("qwen2_rm", "Qwen2ForRewardModel", Trait.HEAD_NORMS),
     _architecture("qwen3", "Qwen3ForCausalLM", Trait.HEAD_NORMS),
     _architecture("qwen3_moe", "Qwen3MoeForCausalLM", Trait.HEAD_NORMS),
 )
