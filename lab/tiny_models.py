@@ -89,7 +89,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "CohereForCausalLM": _WHOLE | {"logit_scale": 1.0, "use_qk_norm": True},
     "Cohere2ForCausalLM": _WHOLE | _SLIDING | {"logit_scale": 1.0},
     # Its rotation pairs neighbours.
-    "Ernie4_5ForCausalLM": {},
+    "Ernie4_5ForCausalLM": _WHOLE,
     "Ernie4_5_MoeForCausalLM": _WHOLE
     | {
         "moe_intermediate_size": 128,
@@ -140,7 +140,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": 64},
     "MixtralForCausalLM": _WHOLE | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "OlmoeForCausalLM": _WHOLE | {"num_experts": 4, "num_experts_per_tok": 2},
-    "Phi3ForCausalLM": {"pad_token_id": 0, "num_key_value_heads": 4},
+    "Phi3ForCausalLM": _WHOLE | {"num_key_value_heads": 4},
     "Qwen2ForCausalLM": {},
     "Qwen2MoeForCausalLM": _WHOLE | _EXPERTS | {"shared_expert_intermediate_size": 128},
     "Qwen3ForCausalLM": {
