@@ -121,11 +121,11 @@ def summary(record: dict[str, Any]) -> str:
     return textwrap.fill(paragraph, 100, break_on_hyphens=False)
 
 
-def insert(text: str, paragraph: str) -> str:
-    """The document with this paragraph between its marks."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{paragraph}\n{END}{after}"
+def insert(text: str, part: str, begin: str = BEGIN, end: str = END) -> str:
+    """The document with this part between its marks."""
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{part}\n{end}{after}"
 
 
 def main() -> None:

@@ -118,13 +118,14 @@ def main() -> None:
     workers = options.workers or workers_for(usable_cores(), 1)
     host = HostDevice(
         [PermutationCodec.derive(RootKey.draw(), 0, range(KV_HEADS), HEAD_DIM)],
+        [torch.randn(40_000, HEAD_DIM)],
         Rank(
             num_heads=HEADS,
             hidden_size=HIDDEN,
             dtype=torch.bfloat16,
             max_tokens=16384,
-            cos_sin_cache=torch.randn(40_000, HEAD_DIM, device="cuda"),
             is_neox_style=True,
+            accelerator=torch.device("cuda"),
             secure_device=torch.device("cpu"),
             workers=workers,
         ),

@@ -31,15 +31,16 @@ def build(fused, device, dtype, head_dim, is_neox_style=True, codec="permutation
             hidden_size=HIDDEN,
             dtype=dtype,
             max_tokens=MAX_TOKENS,
-            cos_sin_cache=table.to(where),
             is_neox_style=is_neox_style,
+            accelerator=torch.device(where),
             secure_device=torch.device("cpu"),
             workers=5,
         )
 
-    table = torch.randn(MAX_TOKENS, head_dim).to(dtype)
-    layers = fused.build(keys, [(), ()], rank(device))
-    (plain,) = PlainSecureLayer.build(keys[1:], [()], rank("cpu"))
+    # The first layer has a table of its own, of one row.
+    tables = [torch.randn(rows, head_dim).to(dtype) for rows in (1, MAX_TOKENS)]
+    layers = fused.build(keys, [table.to(device) for table in tables], rank(device))
+    (plain,) = PlainSecureLayer.build(keys[1:], tables[1:], rank("cpu"))
     return layers[1], plain
 
 

@@ -11,6 +11,9 @@ import pytest
 from lab import tiny_models
 from lab.engines import in_new_process
 from scx.commands import check
+from scx.plugin import versions
+
+BY_TORCH = "by torch operations, CUDA graphs NONE"
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +56,34 @@ def test_all_is_well(llama):
     assert {"LlamaForCausalLM", "Qwen2ForCausalLM", "TeleChat3ForCausalLM"} <= set(
         classes
     )
-    assert lines["model"] == ("ok", "LlamaForCausalLM, 4 layers, encoded [0, 3]")
+    said = "LlamaForCausalLM (RoPE and softmax alone), 4 layers, encoded [0, 3]"
+    assert lines["model"] == ("ok", f"{said} {BY_TORCH}")
 
 
-def test_a_vllm_outside_the_tested_range(monkeypatch, capsys):
-    monkeypatch.setattr(
-        check, "requires", lambda name: ["cryptography", "vllm<0.12,>=0.11"]
-    )
+def test_a_vllm_that_was_never_run(monkeypatch, capsys):
+    monkeypatch.setattr(versions, "RUN", ("0.10", "0.11"))
     detail = check._versions()
     warning = capsys.readouterr().out
     assert warning.startswith("warn  versions: vllm ")
-    assert warning.endswith(" is outside the tested range <0.12,>=0.11\n")
+    assert " was never run with this package, only 0.10 to 0.11 were: " in warning
     assert "torch" in detail
+
+
+def test_a_model_with_traits_and_none_that_is_encoded(tmp_path):
+    folder = tiny_models.save_config(
+        tmp_path / "gemma3", "Gemma3ForCausalLM", "gemma3_text", head_dim=64
+    )
+    traits = "RoPE that differs by layer, norms of query and key heads"
+    encoded = f"Gemma3ForCausalLM ({traits}), 4 layers, encoded [0, 1, 2, 3] {BY_TORCH}"
+    for layers, line in (
+        ("all", encoded),
+        ("", "Gemma3ForCausalLM, 4 layers, encoded none"),
+    ):
+        env = {"SCX_ENC_LAYERS": layers}
+        assert in_new_process(line_of_model, folder, env=env) == (
+            True,
+            f"ok    model: {line}\n",
+        )
 
 
 def test_numba_is_missing(monkeypatch, capsys):

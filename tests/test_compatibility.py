@@ -1,14 +1,14 @@
-"""The table of vLLM versions, and that the declared range says no more than it does."""
+"""The table of vLLM versions, and that the package says no more than it does."""
 
 import json
 import re
 
 import pytest
-from packaging.specifiers import SpecifierSet
 
 from benchmark_throughput.records import read_records
-from scripts import compatibility
+from scripts import architectures, compatibility
 from scripts.compatibility_probe import CHECKS, verdict
+from scx.plugin import versions
 
 PASSED = dict.fromkeys(CHECKS, "pass")
 VERSIONS = {"vllm": "0.32.0+cpu", "torch": "2.13.0+cpu", "transformers": "5.16.1"}
@@ -85,23 +85,34 @@ def versions_on_gpus():
     }
 
 
-def test_the_declared_range_says_no_more_than_the_table():
+def test_the_versions_that_are_not_warned_of_are_those_that_ran():
     rows = json.loads((compatibility.DOCS / "versions.json").read_text())
-    project = (compatibility.REPOSITORY / "pyproject.toml").read_text()
-    declared = SpecifierSet(re.search(r'^    "vllm([^"]+)",$', project, re.MULTILINE)[1])
     worked = {
         row["vllm"] for row in rows if compatibility.works(row)
     } | versions_on_gpus()
-    minors = {compatibility.key(vllm)[1] for vllm in worked}
-    claimed = {minor for minor in range(1000) if declared.contains(f"0.{minor}.99")}
-    assert claimed
-    assert claimed <= minors
-    assert not declared.contains("1.0")
-    for row in rows:
-        assert row["vllm"] in worked or not declared.contains(row["vllm"])
+    minors = {tuple(compatibility.key(vllm)[:2]) for vllm in worked}
+    assert tuple(f"{major}.{minor}" for major, minor in sorted(minors)) == versions.RUN
+
+
+def test_the_declared_range_begins_with_the_first_of_them_and_has_no_end():
+    project = (compatibility.REPOSITORY / "pyproject.toml").read_text()
+    declared = re.search(r'^    "vllm([^"]+)",$', project, re.MULTILINE)[1]
+    assert declared == f">={versions.RUN[0]}"
+
+
+def test_an_engine_of_a_version_that_was_never_run_is_warned_of(monkeypatch):
+    assert versions.unknown() == ""
+    monkeypatch.setattr(versions, "version", lambda name: "0.99.1+cpu")
+    assert versions.unknown().startswith("vllm 0.99.1+cpu was never run")
 
 
 def test_the_table_is_the_files():
     rows = json.loads((compatibility.DOCS / "versions.json").read_text())
     text = (compatibility.DOCS / "versions.md").read_text()
     assert text == compatibility.markdown(rows)
+
+
+def test_the_architectures_that_are_listed_are_those_of_the_package():
+    text = (compatibility.DOCS / "compatibility.md").read_text()
+    listed = f"{architectures.BEGIN}\n\n{architectures.table()}\n\n{architectures.END}"
+    assert listed in text

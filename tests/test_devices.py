@@ -15,12 +15,11 @@ from scx.devices.plain import PlainSecureLayer
 from scx.keys import CODECS, RootKey
 
 DEVICES = {
-    "plain": ("PlainSecureLayer", False, False, True),
-    "host": ("HostSecureLayer", True, False, False),
-    "accelerator": ("AcceleratorSecureLayer", True, True, False),
+    "plain": ("PlainSecureLayer", False, False),
+    "host": ("HostSecureLayer", True, False),
+    "accelerator": ("AcceleratorSecureLayer", True, True),
 }
-"""By module: the class, and whether it runs in graphs, is the accelerator itself, and
-norms heads."""
+"""By module: the class, and whether it runs in graphs and is the accelerator itself."""
 
 
 class Unfused(PermutationCodec):
@@ -34,11 +33,12 @@ RANK = Rank(
     hidden_size=32,
     dtype=torch.float32,
     max_tokens=16,
-    cos_sin_cache=torch.randn(16, 8),
     is_neox_style=True,
+    accelerator=torch.device("cpu"),
     secure_device=torch.device("cpu"),
     workers=1,
 )
+TABLES = [torch.randn(16, 8), torch.randn(1, 8)]
 
 
 def class_of(module):
@@ -48,39 +48,35 @@ def class_of(module):
 
 
 @pytest.mark.parametrize(
-    ("secure_device", "is_cuda", "codec", "norms", "chosen"),
+    ("secure_device", "is_cuda", "codec", "chosen"),
     [
-        ("cpu", True, PermutationCodec, False, "host"),
-        ("cpu:0", True, PermutationCodec, False, "host"),
-        ("cuda", True, PermutationCodec, False, "accelerator"),
-        ("cuda", True, Unfused, False, "accelerator"),
+        ("cpu", True, PermutationCodec, "host"),
+        ("cpu:0", True, PermutationCodec, "host"),
+        ("cuda", True, PermutationCodec, "accelerator"),
+        ("cuda", True, Unfused, "accelerator"),
         # What the fused kernels do not do.
-        ("cpu", True, PermutationCodec, True, "plain"),
-        ("cuda", True, PermutationCodec, True, "plain"),
-        ("cpu", True, Unfused, False, "plain"),
+        ("cpu", True, Unfused, "plain"),
         # Devices that have none.
-        ("cuda:1", True, PermutationCodec, False, "plain"),
-        ("xpu", True, PermutationCodec, False, "plain"),
-        ("cpu", False, PermutationCodec, False, "plain"),
-        ("cuda", False, PermutationCodec, False, "plain"),
+        ("cuda:1", True, PermutationCodec, "plain"),
+        ("xpu", True, PermutationCodec, "plain"),
+        ("cpu", False, PermutationCodec, "plain"),
+        ("cuda", False, PermutationCodec, "plain"),
     ],
 )
-def test_the_device_is_the_one_that_serves(secure_device, is_cuda, codec, norms, chosen):
-    found = devices.choose(secure_device, is_cuda, codec, norms)
-    assert found is class_of(chosen)
+def test_the_device_is_the_one_that_serves(secure_device, is_cuda, codec, chosen):
+    assert devices.choose(secure_device, is_cuda, codec) is class_of(chosen)
 
 
 @pytest.mark.parametrize("name", CODECS)
 def test_every_codec_is_fused_beside_a_gpu(name):
-    assert devices.choose("cpu", True, codecs.load(name), False) is class_of("host")
+    assert devices.choose("cpu", True, codecs.load(name)) is class_of("host")
 
 
 @pytest.mark.parametrize("module", DEVICES)
 def test_no_device_is_derived_from_another(module):
     secure = class_of(module)
     assert secure.__bases__ == (SecureLayer,)
-    facts = secure.in_graphs, secure.on_accelerator, secure.norms_heads
-    assert facts == DEVICES[module][1:]
+    assert (secure.in_graphs, secure.on_accelerator) == DEVICES[module][1:]
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -95,6 +91,26 @@ def test_a_codec_says_what_it_is(name):
         heads.flatten().tolist()
     )
     assert survive == codec.moves_only
+    shifts = made.encode_queries(heads) @ made.encode_keys(heads).T - heads @ heads.T
+    assert bool((shifts.abs() > 1e-3).any()) == codec.shifts_scores
+    torch.testing.assert_close(shifts, shifts[:, :1].expand(4, 4), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("module", ["plain", "host"])
+def test_layers_that_share_a_table_share_its_copy(module):
+    shared, other = TABLES
+    root = RootKey.draw()
+    features = [PermutationCodec.derive(root, i, range(1), 8) for i in range(3)]
+    layers = class_of(module).build(features, [shared, other, shared], RANK)
+    if module == "plain":
+        first, second, third = (layer._cos_sin_cache for layer in layers)
+        assert first is third
+        assert (len(first), len(second)) == (16, 1)
+    else:
+        own = layers[0]._host.workers._own
+        assert own.rotary_rows.tolist() == [[0, 16], [16, 17], [0, 16]]
+        assert torch.equal(torch.tensor(own.cos_sin), torch.cat([shared, other]))
+        layers[0]._host.close()
 
 
 class Echo(SecureLayer):
@@ -103,7 +119,7 @@ class Echo(SecureLayer):
     in_graphs = False
 
     @classmethod
-    def build(cls, features, norms, rank):
+    def build(cls, features, tables, rank):
         return [cls() for _ in features]
 
     def encode_rows(self, hidden_states):
@@ -132,7 +148,7 @@ def test_another_device_needs_no_more_than_its_class(device, monkeypatch):
     root = RootKey.draw()
     features = {i: PermutationCodec.derive(root, i, range(1), 8) for i in (3, 5)}
     before = threading.active_count()
-    layers = devices.build(device, features, [(), ()], RANK, 60.0)
+    layers = devices.build(device, features, TABLES, RANK, 60.0)
     assert [type(layer) for layer in layers] == [device, device]
     if device is Echo:
         assert watched == [{3: layers[0], 5: layers[1]}]
@@ -143,7 +159,7 @@ def test_another_device_needs_no_more_than_its_class(device, monkeypatch):
 def test_layers_are_built_with_a_codec_each():
     root = RootKey.draw()
     features = {i: PermutationCodec.derive(root, i, range(1), 8) for i in (3, 5)}
-    layers = devices.build(PlainSecureLayer, features, [(), ()], RANK, 60.0)
+    layers = devices.build(PlainSecureLayer, features, TABLES, RANK, 60.0)
     for layer, key in zip(layers, features.values(), strict=True):
         assert torch.equal(layer.features.key, key.key)
     with pytest.raises(TypeError, match="neither copied nor pickled"):

@@ -96,13 +96,9 @@ def shapes(draw):
         head_dim=head_dim,
         rotary_dim=2 * draw(st.integers(0, head_dim // 2)),
         is_neox_style=draw(st.booleans()),
-        norms=draw(st.booleans()),
         strided=draw(st.booleans()),
         seed=draw(st.integers(0, 2**32 - 1)),
     )
-
-
-EPSILON = 1e-5
 
 
 def attention(q, k, v, kv_heads):
@@ -116,17 +112,15 @@ def attention(q, k, v, kv_heads):
     return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
 
 
-def reference(shape, hidden, weight, positions, angles, norm_weights):
+def reference(shape, hidden, weight, positions, angles):
     """The plain layer, in numpy and float64: rotation as complex multiplication."""
     query = shape.kv_heads * shape.group
     count = query + 2 * shape.kv_heads
     heads = (hidden @ weight).reshape(len(hidden), count, shape.head_dim)
     q, k, v = np.split(heads, [query, query + shape.kv_heads], axis=1)
     turned = []
-    for part, norm in zip((q, k), norm_weights, strict=True):
+    for part in (q, k):
         part = part.copy()
-        if shape.norms:
-            part *= norm / np.sqrt((part**2).mean(-1, keepdims=True) + EPSILON)
         half = shape.rotary_dim // 2
         if shape.is_neox_style:
             first, second = slice(0, half), slice(half, 2 * half)
@@ -160,8 +154,7 @@ def test_an_encoded_layer_of_any_shape_is_the_plain_one(shape):
     weight /= np.sqrt(shape.hidden_size * shape.head_dim)
     positions = random.integers(0, 64, shape.tokens)
     angles = np.outer(np.arange(64), random.random(shape.rotary_dim // 2))
-    norm_weights = random.random((2, shape.head_dim)) / np.sqrt(shape.head_dim) + 0.1
-    expected = reference(shape, hidden, weight, positions, angles, norm_weights)
+    expected = reference(shape, hidden, weight, positions, angles)
 
     def tensor(array):
         result = torch.tensor(array).to(shape.dtype)
@@ -173,11 +166,7 @@ def test_an_encoded_layer_of_any_shape_is_the_plain_one(shape):
     table = tensor(np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
     query = shape.kv_heads * shape.group
     cpu = torch.device("cpu")
-    norms = [
-        SimpleNamespace(weight=tensor(norm), variance_epsilon=EPSILON)
-        for norm in (norm_weights if shape.norms else ())
-    ]
-    layer = PlainSecureLayer(cpu, features, table, shape.is_neox_style, query, norms)
+    layer = PlainSecureLayer(cpu, features, table, shape.is_neox_style, query)
     # Padding holds what was there before, which may be anything.
     padding = np.full((shape.padding, shape.hidden_size), np.nan)
     padded = tensor(np.concatenate([hidden, padding]))

@@ -151,14 +151,17 @@ def test_turns_beyond_every_width_of_a_word(turn, devices):
     layer._host.sequence.zero_()
 
 
+TABLE = torch.randn(16, 8)
+
+
 def small_rank(max_tokens):
     return Rank(
         num_heads=1,
         hidden_size=8,
         dtype=torch.bfloat16,
         max_tokens=max_tokens,
-        cos_sin_cache=torch.randn(16, 8, device="cuda"),
         is_neox_style=True,
+        accelerator=torch.device("cuda"),
         secure_device=torch.device("cpu"),
         workers=5,
     )
@@ -168,7 +171,7 @@ def test_a_million_tokens_and_two_hundred_layers():
     tokens, layers, root = 2**20 + 2053, 200, RootKey.draw()
     derive = codecs.load("permutation").derive
     keys = [derive(root, i, range(1), 8) for i in range(layers)]
-    host = HostDevice(keys, small_rank(tokens))
+    host = HostDevice(keys, [TABLE] * layers, small_rank(tokens))
     rows = torch.randn(tokens, 8, device="cuda").bfloat16()
     for count in (2**20 - 1, 2**20, tokens):
         for layer in (0, 170, 171, layers - 1):
@@ -188,7 +191,7 @@ def test_positions_beyond_the_table_stay_within_it(kind, devices):
 def trip_to_a_closed_host():
     """Seconds and the error of a graph's trip to workers that have ended."""
     key = codecs.load("permutation").derive(RootKey.draw(), 0, range(1), 8)
-    host = HostDevice([key], small_rank(64))
+    host = HostDevice([key], [TABLE], small_rank(64))
     rows = torch.zeros(4, 8, dtype=torch.bfloat16, device="cuda")
     host.exchange(rows, DECODE_FEATURES)
     graph = torch.cuda.CUDAGraph()

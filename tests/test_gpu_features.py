@@ -21,7 +21,7 @@ from lab.engines import (
 )
 from lab.quantized_models import save_quantized
 from lab.root_keys import new_key_file
-from lab.tiny_models import PROMPTS
+from lab.tiny_models import FAMILIES, PROMPTS, save
 from scx import keys
 from tests import longrope
 from tests.kv_caches import EAGER, LAYERS, assert_encoded, caches
@@ -344,3 +344,30 @@ def test_two_gpus(device, ranks, tiny_llama, native):
     }
     runs = [run | {"skip_tokenizer_init": True}]
     assert in_new_process(generate_each, runs, PROMPTS, env=env) == native
+
+
+# Norms between two trips, layers with a table of one row, sinks, and experts behind it
+# all. Gemma's norms have weights of another type than its rows.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Cohere2ForCausalLM",
+        "Gemma3ForCausalLM",
+        "GptOssForCausalLM",
+        "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+    ],
+)
+@pytest.mark.parametrize("mode", [{}, COMPILED], ids=["eager", "compiled"])
+def test_families_in_graphs(name, mode, tmp_path):
+    model = save(tmp_path / name, name, **FAMILIES[name])
+    runs = [TRITON | mode | {"model": model, "skip_tokenizer_init": True}]
+    results = {
+        setting: in_new_process(logprobs_each, runs, PROMPTS, env=env)[0]
+        for setting, env in SETTINGS.items()
+    }
+    for setting in ENCODED:
+        between = differences(results[setting], results["native"])
+        assert len(between) > 5 * 16 * len(PROMPTS) / 2
+        # As on a CPU (test_families.py): sums of float32 in another order.
+        assert max(between) < 1e-3, setting

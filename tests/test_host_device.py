@@ -84,19 +84,19 @@ def device(request):
     root = RootKey.draw()
     derive = codecs.load(codec).derive
     keys = [derive(root, i, range(KV_HEADS), HEAD_DIM) for i in (0, 1)]
-    table = torch.randn(MAX_TOKENS, HEAD_DIM).to(dtype)
+    tables = [torch.randn(rows, HEAD_DIM).to(dtype) for rows in (MAX_TOKENS, 1)]
     rank = Rank(
         num_heads=HEADS,
         hidden_size=HIDDEN,
         dtype=dtype,
         max_tokens=MAX_TOKENS,
-        cos_sin_cache=table,
         is_neox_style=True,
+        accelerator=torch.device("cpu"),
         secure_device=torch.device("cpu"),
         workers=3,
     )
-    host = HostDevice(keys, rank)
-    plain = PlainSecureLayer.build(keys, [(), ()], rank)
+    host = HostDevice(keys, tables, rank)
+    plain = PlainSecureLayer.build(keys, tables, rank)
     yield host, plain, dtype
     host.close()
 
@@ -222,8 +222,8 @@ def small_rank(max_tokens=64, workers=2):
         hidden_size=8,
         dtype=torch.bfloat16,
         max_tokens=max_tokens,
-        cos_sin_cache=TABLE,
         is_neox_style=True,
+        accelerator=torch.device("cpu"),
         secure_device=torch.device("cpu"),
         workers=workers,
     )
@@ -232,7 +232,7 @@ def small_rank(max_tokens=64, workers=2):
 def small_host(layers=1, max_tokens=64, workers=2):
     root, derive = RootKey.draw(), codecs.load("permutation").derive
     keys = [derive(root, layer, range(1), 8) for layer in range(layers)]
-    return HostDevice(keys, small_rank(max_tokens, workers))
+    return HostDevice(keys, [TABLE] * layers, small_rank(max_tokens, workers))
 
 
 @pytest.fixture
@@ -550,7 +550,7 @@ def test_a_request_that_no_step_makes_ends_the_workers(case):
 def test_positions_beyond_the_table_stay_within_it(position, small):
     accelerator, (features,) = StandIn(small), small.features
     nearest = 0 if position < 0 else 15
-    (plain,) = PlainSecureLayer.build([features], [()], small_rank())
+    (plain,) = PlainSecureLayer.build([features], [TABLE], small_rank())
     qkv = torch.randn(4, 24).bfloat16()
     results = []
     for positions in (torch.full((4,), position), torch.full((4,), nearest)):

@@ -17,7 +17,7 @@ from lab.engines import in_new_process
 from scx import keys
 from scx.errors import SCXConfigError, SCXNotEncodedError, SCXUnsupportedError
 from scx.plugin import register
-from scx.plugin.architectures import ARCHITECTURES
+from scx.plugin.architectures import ARCHITECTURES, Trait
 from scx.plugin.configure import configure
 
 ON = {"SCX_ENC_LAYERS": "0"}
@@ -63,7 +63,7 @@ def assert_refused(outcome, *texts):
 # What registers after our plugin ran.
 
 
-def register_late(llama, own, alias, gemma):
+def register_late(llama, own, alias, opt):
     from vllm import ModelRegistry
     from vllm.model_executor.models import config as models_config
 
@@ -79,9 +79,9 @@ def register_late(llama, own, alias, gemma):
     found["override"] = configured(
         alias, model_class_overrides={"TeleChat3ForCausalLM": OTHER_CLASS}
     )
-    for name in ("GemmaForCausalLM", "LlamaForCausalLM"):
+    for name in ("OPTForCausalLM", "LlamaForCausalLM"):
         models_config.MODELS_CONFIG_MAP[name] = Replaced
-    found["replaced entry"] = configured(gemma)
+    found["replaced entry"] = configured(opt)
     found["replaced entry of an encoded one"] = configured(llama)
     found["calls"] = list(calls)
     ModelRegistry.register_model("LlamaForCausalLM", OTHER_CLASS)
@@ -91,16 +91,16 @@ def register_late(llama, own, alias, gemma):
 
 def test_what_registers_late_is_seen(config):
     llama, alias = config("LlamaForCausalLM"), config("TeleChat3ForCausalLM")
-    gemma = config("GemmaForCausalLM", model_type="gemma")
+    opt = config("OPTForCausalLM", model_type="opt")
     found = in_new_process(
-        register_late, llama, config("BiasedLlama"), alias, gemma, env=ON
+        register_late, llama, config("BiasedLlama"), alias, opt, env=ON
     )
     assert found["before"] == found["replaced entry of an encoded one"] == [0]
     assert_refused(found["own name"], f"BiasedLlama is run by {OTHER_CLASS} here")
     assert_refused(found["override"], "TeleChat3ForCausalLM is run by", OTHER_CLASS)
     assert_refused(found["stock name"], "LlamaForCausalLM is run by", OTHER_CLASS)
-    assert_refused(found["replaced entry"], "GemmaForCausalLM is not encoded")
-    assert found["calls"] == ["GemmaForCausalLM", "LlamaForCausalLM"]
+    assert_refused(found["replaced entry"], "OPTForCausalLM is not encoded")
+    assert found["calls"] == ["OPTForCausalLM", "LlamaForCausalLM"]
 
 
 # What registered before it.
@@ -131,7 +131,7 @@ def test_a_class_of_a_hardware_plugin_stays_and_is_refused(config):
 # Several architectures, ours among them, and configurations that are used again.
 
 
-def configure_again(paths, gemma):
+def configure_again(paths, opt):
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
@@ -148,7 +148,7 @@ def configure_again(paths, gemma):
                 outcomes.append(f"{type(error).__name__}: {error}")
         return outcomes
 
-    return found, again(gemma), again(paths["stock"])
+    return found, again(opt), again(paths["stock"])
 
 
 def test_each_configuration_is_seen_also_one_that_is_used_again(config):
@@ -156,15 +156,15 @@ def test_each_configuration_is_seen_also_one_that_is_used_again(config):
         "stock": config("LlamaForCausalLM"),
         "ours": config("LlamaSCXForCausalLM"),
         "second": config("NotRegistered", "LlamaForCausalLM"),
-        "first": config("LlamaForCausalLM", "GemmaForCausalLM"),
-        "not the first": config("GemmaForCausalLM", "LlamaForCausalLM"),
+        "first": config("LlamaForCausalLM", "OPTForCausalLM"),
+        "not the first": config("OPTForCausalLM", "LlamaForCausalLM"),
     }
-    gemma = config("GemmaForCausalLM", model_type="gemma")
-    found, refused, encoded = in_new_process(configure_again, paths, gemma, env=ON)
-    assert_refused(found.pop("not the first"), "GemmaForCausalLM is not encoded")
+    opt = config("OPTForCausalLM", model_type="opt")
+    found, refused, encoded = in_new_process(configure_again, paths, opt, env=ON)
+    assert_refused(found.pop("not the first"), "OPTForCausalLM is not encoded")
     assert list(found.values()) == [[0]] * 4
     for outcome in refused:
-        assert_refused(outcome, "GemmaForCausalLM is not encoded")
+        assert_refused(outcome, "OPTForCausalLM is not encoded")
     assert encoded == [([0], ["LlamaSCXForCausalLM"])] * 2
 
 
@@ -175,26 +175,26 @@ def raises():
     raise RuntimeError("another plugin")
 
 
-def try_again_after_another_plugin(llama, gemma):
+def try_again_after_another_plugin(llama, opt):
     import importlib.metadata
 
     found = importlib.metadata.entry_points(group=GROUP)
     another = EntryPoint("another", "tests.test_plugin:raises", GROUP)
     importlib.metadata.entry_points = lambda **_: [another, *found]
-    return [configured(model) for model in (llama, gemma, llama)]
+    return [configured(model) for model in (llama, opt, llama)]
 
 
 def test_another_plugin_that_raises_does_not_leave_ours_out(config):
-    gemma = config("GemmaForCausalLM", model_type="gemma")
+    opt = config("OPTForCausalLM", model_type="opt")
     first, refused, encoded = in_new_process(
-        try_again_after_another_plugin, config("LlamaForCausalLM"), gemma, env=ON
+        try_again_after_another_plugin, config("LlamaForCausalLM"), opt, env=ON
     )
     assert first == "RuntimeError: another plugin"
-    assert_refused(refused, "GemmaForCausalLM is not encoded")
+    assert_refused(refused, "OPTForCausalLM is not encoded")
     assert encoded == [0]
 
 
-def try_again_after_ours(llama, gemma):
+def try_again_after_ours(llama, opt):
     from vllm import ModelRegistry
 
     found = [configured(llama)]
@@ -208,20 +208,20 @@ def try_again_after_ours(llama, gemma):
         register_model(name, path)
 
     type(ModelRegistry).register_model = lambda _, name, path: fail_once(name, path)
-    return found + [configured(model) for model in (llama, gemma, llama)]
+    return found + [configured(model) for model in (llama, opt, llama)]
 
 
 def test_our_own_plugin_that_raised_half_way_is_called_again(config):
-    gemma = config("GemmaForCausalLM", model_type="gemma")
+    opt = config("OPTForCausalLM", model_type="opt")
     malformed, half_way, refused, encoded = in_new_process(
         try_again_after_ours,
         config("LlamaForCausalLM"),
-        gemma,
+        opt,
         env={"SCX_ENC_LAYERS": "x"},
     )
     assert malformed.startswith("SCXConfigError: SCX_ENC_LAYERS='x'")
     assert half_way == "RuntimeError: half way"
-    assert_refused(refused, "GemmaForCausalLM is not encoded")
+    assert_refused(refused, "OPTForCausalLM is not encoded")
     assert encoded == [0]
 
 
@@ -298,15 +298,18 @@ def what_runs_is_refused():
     def forward(self, *args):
         return args
 
-    def say(found=Qwen3Attention, rotary=None, norm=None):
+    def say(found=Qwen3Attention, rotary=None, norm=None, **more):
         layer = Qwen3SCXAttention.__new__(Qwen3SCXAttention)
         nn.Module.__init__(layer)
         layer.rotary_emb = rotary or build(ROPES["default"])
         layer.q_norm, layer.k_norm = nn.Identity(), nn.Identity()
         for each in (layer.q_norm, layer.k_norm):
             type(each).__module__, type(each).forward.__module__ = "vllm.x", "vllm.x"
+        layer.qkv_proj = layer.o_proj = layer.attn = nn.Identity()
         if norm:
             layer.k_norm = norm
+        for name, part in more.items():
+            setattr(layer, name, part)
         try:
             _require_stock(found, layer)
         except SCXUnsupportedError as error:
@@ -323,6 +326,7 @@ def what_runs_is_refused():
         "RoPE by another class": say(rotary=type("Mine", (type(rope),), {})),
         "RoPE's method": say(rotary=patched),
         "a norm": say(norm=nn.LayerNorm(4)),
+        "another part": say(gate=nn.Identity()),
     }
     Qwen3Attention.forward = forward
     return said | {"its method": say()}
@@ -332,6 +336,10 @@ def test_a_layer_that_another_plugin_changed_is_refused_by_name():
     said = in_new_process(what_runs_is_refused)
     assert said.pop("nothing") is said.pop("longrope") is None
     assert "not the class that is encoded" in said.pop("another class of vLLM's")
+    assert said.pop("another part") == (
+        "Qwen3Attention has a gate in this vLLM, which the encoded attention would leave "
+        "out: use a version that was run, or unset SCX_ENC_LAYERS"
+    )
     for what, line in said.items():
         assert "which another plugin put in the place of vLLM's own" in line, what
         assert len(line.splitlines()) == 1
@@ -489,14 +497,18 @@ def test_nor_does_one_in_processes_of_its_own(runner, config, tmp_path):
 
 
 def test_our_classes_are_those_of_the_table():
-    """Each is a subclass of the stock class in whose place it runs, and of no other."""
+    """Each is a subclass of the stock class in whose place it runs, and of no other; and
+    what it does to queries and keys before RoPE is among its row's traits."""
     from scx.models.attention import SCXAttention
 
     for architecture in ARCHITECTURES:
         our_class = pkgutil.resolve_name(architecture.encoded)
         assert our_class.__bases__[1] is pkgutil.resolve_name(architecture.stock)
-        has_norms = our_class.attention_class.head_norms is not SCXAttention.head_norms
-        assert architecture.norms == has_norms
+        attention, traits = our_class.attention_class, architecture.traits
+        has_norms = attention.norms is not SCXAttention.norms
+        assert has_norms == bool({Trait.HEAD_NORMS, Trait.PROJECTION_NORMS} & traits)
+        if attention.turns is not SCXAttention.turns:
+            assert Trait.ROPE_BY_LAYER in traits
 
 
 def test_a_changed_setting_is_still_refused(monkeypatch):

@@ -1,10 +1,14 @@
-"""Classifiers and embedders that vLLM makes of generating models, under either name."""
+"""Classifiers and embedders that vLLM makes of generating models, under either name, and
+reward models of its own."""
+
+import json
 
 import torch
 
 from lab import tiny_models
 from lab.engines import engine, in_new_process, shut_down
 from lab.tiny_models import PROMPTS
+from scx.plugin.architectures import ARCHITECTURES
 
 YES, NO = "yes", "no"
 
@@ -16,12 +20,16 @@ def pool_each(runs):
     for run in runs:
         run = {"runner": "pooling", "skip_tokenizer_init": True} | run
         llm = engine(**run)
-        task = llm.embed if run.get("convert") == "embed" else llm.classify
-        outputs = task([{"prompt_token_ids": p} for p in PROMPTS], use_tqdm=False)
-        pooled = [
-            getattr(output.outputs, "embedding", None) or output.outputs.probs
-            for output in outputs
-        ]
+        prompts = [{"prompt_token_ids": p} for p in PROMPTS]
+        if "RewardModel" in str(run["model"]):
+            outputs = llm.encode(prompts, pooling_task="token_classify", use_tqdm=False)
+            pooled = [output.outputs.data[-1].tolist() for output in outputs]
+        else:
+            task = llm.embed if run.get("convert") == "embed" else llm.classify
+            pooled = [
+                getattr(output.outputs, "embedding", None) or output.outputs.probs
+                for output in task(prompts, use_tqdm=False)
+            ]
         layers = llm.apply_model(lambda model: len(getattr(model, "encoded", [])))
         found.append((pooled, layers[0]))
         shut_down(llm)
@@ -38,6 +46,23 @@ def save_words(folder):
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
+def save_reward_model(folder, architecture, labels):
+    """What transformers has no class for: the base model and two layers above it."""
+    from safetensors.torch import load_file, save_file
+
+    tiny_models.save(folder, "Qwen2Model")
+    file, generator = folder / "model.safetensors", torch.Generator().manual_seed(0)
+    weights = {f"model.{name}": weight for name, weight in load_file(file).items()}
+    for index, rows in (("0", 128), ("2", labels)):
+        weights[f"score.{index}.weight"] = torch.randn(rows, 128, generator=generator)
+        weights[f"score.{index}.bias"] = torch.randn(rows, generator=generator)
+    save_file(weights, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = [architecture]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def runs_of(root):
     """Engine arguments by name."""
     made = {}
@@ -49,6 +74,8 @@ def runs_of(root):
         "convert": "classify",
         "hf_overrides": {"architectures": ["Qwen2ForCausalLM"]},
     }
+    for name, labels in (("Qwen2ForRewardModel", 1), ("Qwen2ForProcessRewardModel", 2)):
+        made[name] = {"model": save_reward_model(root / name, name, labels)}
     base = tiny_models.save(root / "base", "LlamaModel")
     made["LlamaModel"] = {"model": base, "convert": "embed"}
     # As vLLM's documentation loads the original weights.
@@ -65,6 +92,11 @@ def runs_of(root):
         made[name]["skip_tokenizer_init"] = False
         save_words(model)
     return made
+
+
+def test_every_architecture_that_generates_nothing_is_among_them(tmp_path):
+    names = {row.name for row in ARCHITECTURES if "ForCausalLM" not in row.name}
+    assert names <= set(runs_of(tmp_path))
 
 
 def test_results_are_native_with_every_layer_encoded(tmp_path):

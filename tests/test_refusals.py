@@ -15,7 +15,7 @@ from scx import codecs
 from scx.errors import SCXUnsupportedError
 from scx.keys import SCXConfig
 from scx.plugin.architectures import encoded_architectures
-from scx.plugin.refusals import model_obstacles, require_cache
+from scx.plugin.refusals import model_obstacles, require_attention
 
 DRAFTING = {
     "draft_model": ("LlamaForCausalLM", "llama"),
@@ -57,7 +57,7 @@ def refusals(llama, tmp_path_factory):
 
     cases = {
         "no obstacle": (model, {}),
-        "another architecture": (config("gemma", "GemmaForCausalLM", "gemma"), {}),
+        "another architecture": (config("opt", "OPTForCausalLM", "opt"), {}),
         "alias": (config("alias", "TeleChat3ForCausalLM", "llama"), {}),
         "embedding": (config("embedding", "LlamaModel", "llama"), {}),
         "classifier": (config("cls", "LlamaForSequenceClassification", "llama"), {}),
@@ -66,10 +66,10 @@ def refusals(llama, tmp_path_factory):
             {},
         ),
         "classifier of another class": (
-            config("gemmas", "GemmaForSequenceClassification", "gemma"),
+            config("opts", "OPTForSequenceClassification", "opt"),
             {},
         ),
-        "reward": (config("reward", "Qwen2ForProcessRewardModel", "qwen2"), {}),
+        "reward": (config("reward", "InternLM2ForRewardModel", "qwen2"), {}),
         "scaled queries": (
             config(
                 "ministral",
@@ -80,7 +80,6 @@ def refusals(llama, tmp_path_factory):
             {},
         ),
         "model_impl": (model | {"model_impl": "transformers"}, {}),
-        "qk_norm": (config("qk", "Qwen2ForCausalLM", "qwen2", qk_norm=True), {}),
         "dual chunk": (
             config(
                 "dual",
@@ -137,7 +136,7 @@ def refusals(llama, tmp_path_factory):
                 "qwen3",
                 rope_parameters={
                     "full_attention": {"rope_type": "default", "rope_theta": 1e4},
-                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "mllama4", "rope_theta": 1e6},
                 },
             ),
             {},
@@ -193,17 +192,17 @@ def test_what_fits_is_recorded(case, refusals):
         (
             "another architecture",
             "SCXUnsupportedError",
-            ["GemmaForCausalLM is not encoded", "LlamaForCausalLM", "Qwen3ForCausalLM"],
+            ["OPTForCausalLM is not encoded", "LlamaForCausalLM", "Qwen3ForCausalLM"],
         ),
         (
             "classifier of another class",
             "SCXUnsupportedError",
-            ["GemmaForSequenceClassification is not encoded"],
+            ["OPTForSequenceClassification is not encoded"],
         ),
         (
             "reward",
             "SCXUnsupportedError",
-            ["Qwen2ForProcessRewardModel is not encoded"],
+            ["InternLM2ForRewardModel is not encoded"],
         ),
         (
             "beyond the rotary table",
@@ -213,10 +212,9 @@ def test_what_fits_is_recorded(case, refusals):
         ("dynamic", "SCXUnsupportedError", ["max_model_len=2048", "1024 at most"]),
         ("deepseek", "SCXUnsupportedError", ["rope_type='deepseek_yarn'", "longrope"]),
         ("three positions", "SCXUnsupportedError", ["mrope_section in rope_parameters"]),
-        ("by layer type", "SCXUnsupportedError", ["rope_parameters by layer type"]),
+        ("by layer type", "SCXUnsupportedError", ["rope_type='mllama4' is not encoded"]),
         ("scaled queries", "SCXUnsupportedError", ["llama_4_scaling of the queries"]),
         ("model_impl", "SCXUnsupportedError", ["model_impl='transformers'"]),
-        ("qk_norm", "SCXUnsupportedError", ["qk_norm=True is not encoded"]),
         ("dual chunk", "SCXUnsupportedError", ["dual chunk attention is not encoded"]),
         ("encoder", "SCXUnsupportedError", ["encoder-only attention"]),
         ("lora", "SCXUnsupportedError", ["LoRA picks adapters by row"]),
@@ -286,11 +284,9 @@ def test_other_implementations_of_models_are_refused_by_name(model_impl):
 @pytest.mark.parametrize(
     "architecture",
     [
-        "GraniteForCausalLM",
         "Mistral3ForConditionalGeneration",
         "Qwen2VLForConditionalGeneration",
         "Qwen2_5_VLForConditionalGeneration",
-        "Qwen3MoeForCausalLM",
         "Qwen3VLForConditionalGeneration",
         "Qwen3VLForSequenceClassification",
         "NotInTheRegistryForCausalLM",
@@ -320,6 +316,8 @@ def test_not_refused(case, refusals):
 
 
 AFFINE = {"SCX_ENC_LAYERS": "0", "SCX_CODEC": "affine"}
+TWO_RANKS = {"tensor_parallel_size": 2}
+ON = {"SCX_ENC_LAYERS": "0"}
 
 
 def assert_fp8_is_refused(kind, message):
@@ -393,11 +391,69 @@ def test_weights_that_bring_scales_for_an_fp8_cache(tmp_path):
     assert_fp8_is_refused(*outcomes([({"model": str(folder)}, {})], AFFINE)[0])
 
 
-def test_the_cache_that_a_layer_got_is_looked_at_once_more():
-    config = SCXConfig((0,), "cpu", False, None, "affine")
-    plan = SimpleNamespace(config=config, codec=codecs.load("affine"))
-    with pytest.raises(SCXUnsupportedError, match="kv_cache_dtype='fp8' clips"):
-        require_cache("fp8", plan)
+BUILT = {
+    "attn_type": "decoder",
+    "kv_sharing_target_layer_name": None,
+    "has_sink": False,
+    "impl": SimpleNamespace(logits_soft_cap=None),
+    "kv_cache_dtype": "auto",
+}
+"""As much of vLLM's Attention as is looked at."""
+
+
+@pytest.mark.parametrize(
+    ("built", "codec", "text"),
+    [
+        ({}, "affine", ""),
+        ({"has_sink": True}, "permutation", ""),
+        ({"has_sink": True}, "affine", "this model has attention sinks"),
+        ({"impl": SimpleNamespace(logits_soft_cap=50.0)}, "permutation", ""),
+        ({"impl": SimpleNamespace(logits_soft_cap=50.0)}, "affine", "has capped scores"),
+        ({"attn_type": "encoder_only"}, "permutation", "of type 'encoder_only'"),
+        (
+            {"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"},
+            "permutation",
+            "reads the cache of model.layers.0.self_attn.attn",
+        ),
+        ({"kv_cache_dtype": "fp8"}, "permutation", ""),
+        ({"kv_cache_dtype": "fp8"}, "affine", "kv_cache_dtype='fp8' clips"),
+        ({"kv_cache_dtype": "fp8_ds_mla"}, "permutation", "kv_cache_dtype='fp8_ds_mla'"),
+        ({"kv_cache_dtype": "octave_3"}, "permutation", "kv_cache_dtype='octave_3' may"),
+    ],
+)
+def test_the_attention_that_a_layer_got_is_looked_at_once_more(built, codec, text):
+    config = SCXConfig((0,), "cpu", False, None, codec)
+    plan = SimpleNamespace(config=config, codec=codecs.load(codec))
+    attention = SimpleNamespace(**(BUILT | built))
+    if not text:
+        require_attention(attention, plan)
+        return
+    with pytest.raises(SCXUnsupportedError) as caught:
+        require_attention(attention, plan)
+    assert text in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_a_codec_or_several_ranks_would_get_wrong_is_refused_by_row(tmp_path):
+    def model(architecture, model_type, **values):
+        folder = tmp_path / architecture
+        tiny_models.save_config(folder, architecture, model_type, **values)
+        return {"model": str(folder)}
+
+    capped = model("Gemma2ForCausalLM", "gemma2", head_dim=64)
+    sinks = model("GptOssForCausalLM", "gpt_oss")
+    normed = model("OlmoeForCausalLM", "olmoe")
+    cases = [(capped, {}), (sinks, {}), (normed, {}), (normed | TWO_RANKS, {})]
+    for codec, variables in (("permutation", ON), ("affine", AFFINE)):
+        results = outcomes(cases, variables)
+        said = [message for kind, message in results if kind == "SCXUnsupportedError"]
+        assert "OlmoeForCausalLM norms queries and keys over all ranks" in said.pop()
+        if codec == "permutation":
+            assert said == []
+            continue
+        for line, what in zip(said, ("capped scores", "attention sinks"), strict=True):
+            assert f"has {what}, and SCX_CODEC='affine' shifts the scores" in line
+            assert line.endswith("use the permutation codec")
 
 
 def test_layer_beyond_the_model(llama):

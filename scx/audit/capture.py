@@ -16,6 +16,9 @@ from tqdm import tqdm
 from scx.errors import SCXUnsupportedError
 from scx.plugin.plan import EncodingPlan
 
+KNOWN = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""The architectures of which `scx.audit.public_model` knows what attention is given."""
+
 
 @dataclass(frozen=True)
 class Border:
@@ -143,7 +146,7 @@ def record(
 
     The variables of SCX must be set, and name a layer. Each prompt runs alone, then
     all run in one batch; `new_tokens` follow each. Raises SCXUnsupportedError for a
-    model that norms its keys, which the attacks do not know.
+    model that is not one of KNOWN.
     """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -157,11 +160,14 @@ def record(
         max_model_len=max(map(len, prompts)) + new_tokens,
         **engine_args,
     )
-    plan: Any = EncodingPlan.read(llm.llm_engine.vllm_config)
-    if plan.architecture.norms:
+    vllm_config = llm.llm_engine.vllm_config
+    plan: Any = EncodingPlan.read(vllm_config)
+    norms = getattr(vllm_config.model_config.hf_text_config, "qk_norm", False)
+    if plan.architecture.name not in KNOWN or norms:
         raise SCXUnsupportedError(
-            f"--model {model!r}: the attacks do not know key norms, as Qwen3 has: use a "
-            "Qwen2, Llama or Mistral model"
+            f"--model {model!r}: the attacks calculate what attention is given, and know "
+            f"how for {', '.join(KNOWN)} only, without norms of queries and keys: use "
+            "one of them"
         )
     (recorder,) = llm.apply_model(lambda loaded: Recorder(loaded, plan.layers))
     params = SamplingParams(

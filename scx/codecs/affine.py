@@ -40,6 +40,7 @@ class AffineCodec(FeatureCodec):
 
     name = "affine"
     moves_only = False
+    shifts_scores = True
     host_kernels = "affine"
     largest_key_bias = 20.0
 

@@ -25,6 +25,9 @@ class FeatureCodec(ABC):
     """Whether it only moves features, so that values survive and none is rounded. Then
     `tables` are int64 (M, D): feature d of an encoded head is its feature key[m, d], and
     the inverse."""
+    shifts_scores: ClassVar[bool]
+    """Whether all scores of a query change by the same amount. Softmax does not see that,
+    but a sink beside the scores would, and so would a cap on them."""
     host_kernels: ClassVar[str] = ""
     """The module of `scx.kernels.host` with its fused kernels; if empty, the
     secure device runs the calls below instead."""

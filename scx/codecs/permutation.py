@@ -31,6 +31,7 @@ class PermutationCodec(FeatureCodec):
 
     name = "permutation"
     moves_only = True
+    shifts_scores = False
     host_kernels = "permutation"
 
     def __init__(self, key: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
-"""What is done to queries and keys in the clear: RMSNorm and RoPE, as vLLM does them.
+"""What is done to queries and keys in the clear: RoPE, as vLLM does it.
 
-Plain functions on tensors, in torch alone. They are the specification that the fused
-kernels of `scx.kernels` are tested against. Results are new tensors on the device of
+A plain function on tensors, in torch alone. It is the specification that the fused
+kernels of `scx.kernels` are tested against. Its result is a new tensor on the device of
 the first argument.
 
 Letters: T tokens of the step, heads of D features.
@@ -25,7 +25,9 @@ def apply_rotary(
     with 2i + 1. Calculated in float32 at least and rounded once.
 
     A position that the table does not have counts as the nearest that it has. vLLM
-    sends none, but the accelerator that hands them over is not trusted.
+    sends none, but the accelerator that hands them over is not trusted. So a table of one
+    row has one angle for all positions, and no head turns if its cosines are 1 and its
+    sines 0.
     """
     wide = torch.promote_types(heads.dtype, torch.float32)
     rotary_dim = cos_sin_cache.shape[-1]
@@ -43,16 +45,3 @@ def apply_rotary(
     first.copy_(new_first)
     second.copy_(new_second)
     return rotated.flatten(-2).to(heads.dtype)
-
-
-def rms_norm(heads: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """The root mean square norm of each head of `heads` (T, heads x D), `weight` (D,).
-
-    Calculated in float32 at least and rounded to the weight's type before they are
-    multiplied, as vLLM's RMSNorm does (vllm/ir/ops/layernorm.py).
-    """
-    wide = torch.promote_types(heads.dtype, torch.float32)
-    wide_heads = heads.unflatten(-1, (-1, len(weight))).to(wide)
-    size = wide_heads.pow(2).mean(dim=-1, keepdim=True) + epsilon
-    normed = (wide_heads * size.rsqrt()).to(weight.dtype) * weight
-    return normed.flatten(-2).to(heads.dtype)

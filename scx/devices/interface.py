@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn, Protocol
+from typing import ClassVar, NoReturn
 
 import torch
 
@@ -40,26 +40,14 @@ class Rank:
     """Of hidden_states, qkv and attention."""
     max_tokens: int
     """The most rows of a step, padding included."""
-    cos_sin_cache: torch.Tensor
-    """(max_position, R) on the accelerator: cosines, then sines, as vLLM keeps them."""
     is_neox_style: bool
+    """Which features RoPE pairs, as in `scx.codecs.plain.apply_rotary`."""
+    accelerator: torch.device
+    """Where the model runs."""
     secure_device: torch.device
     """The device that SCX_SECURE_DEVICE names."""
     workers: int
     """Threads that the host may use, if it is the secure device."""
-
-    @property
-    def accelerator(self) -> torch.device:
-        """Where the model runs."""
-        return self.cos_sin_cache.device
-
-
-class HeadNorm(Protocol):
-    """RMSNorm of each head, as vLLM's module keeps it."""
-
-    weight: torch.Tensor
-    """(D,)"""
-    variance_epsilon: float
 
 
 class SecureLayer(ABC):
@@ -73,13 +61,13 @@ class SecureLayer(ABC):
     key/value heads of D features on this rank.
     """
 
+    kernels: ClassVar[str]
+    """What runs the calls, for people."""
     in_graphs: ClassVar[bool]
     """Whether a CUDA graph can hold the calls: none of them waits for Python."""
     on_accelerator: ClassVar[bool] = False
     """Whether the accelerator is the device itself. Then no other device can fail to
     answer, and its own counters cannot be read without waiting for it."""
-    norms_heads: ClassVar[bool] = False
-    """Whether it can apply RMSNorm to queries and keys."""
 
     device: torch.device
     """Where the calls run."""
@@ -91,14 +79,15 @@ class SecureLayer(ABC):
     def build(
         cls,
         features: Sequence[FeatureCodec],
-        norms: Sequence[Sequence[HeadNorm]],
+        tables: Sequence[torch.Tensor],
         rank: Rank,
     ) -> Sequence["SecureLayer"]:
         """A layer for each codec in `features`.
 
-        `norms` has, for each layer, the norms of queries and of keys, or nothing. Their
-        weights are public and load later, so each step reads them. Raises
-        SCXUnsupportedError if the device cannot serve such layers.
+        `tables` has each layer's rotary table (rows, R), on the accelerator: cosines,
+        then sines, of each position. R is the same for all. Layers that share one name
+        the same tensor, of which the device keeps one copy. Raises SCXUnsupportedError if
+        the device cannot serve such layers.
         """
 
     @abstractmethod

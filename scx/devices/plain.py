@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from scx.codecs import plain, rows
 from scx.codecs.interface import FeatureCodec
-from scx.devices.interface import HeadNorm, Rank, SecureLayer, Traffic, qkv_sizes
+from scx.devices.interface import Rank, SecureLayer, Traffic, qkv_sizes
 from scx.devices.placement import require_apart
 from scx.errors import SCXSecureDeviceError
 
@@ -21,29 +21,27 @@ from scx.errors import SCXSecureDeviceError
 class PlainSecureLayer(SecureLayer):
     """One encoded layer whose calls wait in Python for the secure device."""
 
+    kernels = "torch operations"
     in_graphs = False
-    norms_heads = True
 
     @classmethod
     def build(
         cls,
         features: Sequence[FeatureCodec],
-        norms: Sequence[Sequence[HeadNorm]],
+        tables: Sequence[torch.Tensor],
         rank: Rank,
     ) -> list[Self]:
         require_apart(rank.secure_device, rank.accelerator)
-        # One copy of the table for all layers.
-        cos_sin_cache = rank.cos_sin_cache.to(rank.secure_device)
+        copies = {id(table): table.to(rank.secure_device) for table in tables}
         return [
             cls(
                 rank.secure_device,
                 layer_features,
-                cos_sin_cache,
+                copies[id(table)],
                 rank.is_neox_style,
                 rank.num_heads,
-                layer_norms,
             )
-            for layer_features, layer_norms in zip(features, norms, strict=True)
+            for layer_features, table in zip(features, tables, strict=True)
         ]
 
     def __init__(
@@ -53,7 +51,6 @@ class PlainSecureLayer(SecureLayer):
         cos_sin_cache: torch.Tensor,
         is_neox_style: bool,
         num_heads: int,
-        norms: Sequence[HeadNorm] = (),
     ) -> None:
         """`features` are moved to `device`, where `cos_sin_cache` is."""
         self.device = device
@@ -65,7 +62,6 @@ class PlainSecureLayer(SecureLayer):
         self._cos_sin_cache = cos_sin_cache
         self._is_neox_style = is_neox_style
         self._split = qkv_sizes(num_heads, features)
-        self._norms = norms
         self._pi: torch.Tensor | None = None
 
     def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -83,18 +79,8 @@ class PlainSecureLayer(SecureLayer):
         if pi is None:
             raise SCXSecureDeviceError("encode_features without encode_rows before it")
         with self._busy():
-            weights = [norm.weight for norm in self._norms]
-            (qkv, positions, *weights), accelerator = self._receive(
-                qkv, positions, *weights
-            )
+            (qkv, positions), accelerator = self._receive(qkv, positions)
             q, k, v = rows.decode_rows(qkv, pi).split(self._split, dim=-1)
-            if self._norms:
-                q, k = (
-                    plain.rms_norm(heads, weight, norm.variance_epsilon)
-                    for heads, weight, norm in zip(
-                        (q, k), weights, self._norms, strict=True
-                    )
-                )
             q, k = (
                 plain.apply_rotary(
                     heads,

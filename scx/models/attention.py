@@ -1,7 +1,8 @@
 """The encoded attention layer: one opaque operator that torch.compile cannot look into.
 
-Inside it the order is: encode rows, qkv_proj on the accelerator, decode rows,
-RoPE and encode features, attention on the accelerator, decode features. The
+Inside it the order is: encode rows, qkv_proj and the norms of queries and keys on the
+accelerator, decode rows, RoPE and encode features, attention on the accelerator, decode
+features. A norm looks at one row alone, and the accelerator holds those rows anyway. The
 operator finds its layer by name in vLLM's forward context, as vLLM's own
 attention does (vllm/model_executor/layers/attention/attention.py), so nothing
 secret is in the traced graph. It writes its result in place and returns
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import library, nn
+from vllm import ir
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
-from scx.devices.interface import HeadNorm, SecureLayer
+from scx.devices.interface import SecureLayer
 
 OP_NAME = "scx::encoded_attention"
 
@@ -65,28 +67,58 @@ class SCXAttention(nn.Module):
     debug: bool
     calls: int = 0
 
-    # The stock attention's, of the same shapes in Qwen2Attention and LlamaAttention.
-    qkv_proj: nn.Module
+    # The stock attention's, of the same meaning in all of them.
+    qkv_proj: Any
     o_proj: nn.Module
     rotary_emb: Any
+    """Where `turns`."""
     attn: Any
-    num_heads: int
-    num_kv_heads: int
-    total_num_kv_heads: int
-    head_dim: int
+    """vLLM's Attention."""
     q_size: int
+    """N x D"""
     kv_size: int
-    hidden_size: int
+    """M x D"""
 
     @property
-    def head_norms(self) -> tuple[HeadNorm, ...]:
-        """The norms of queries and of keys, if the stock attention has them."""
+    def norms(self) -> tuple[nn.Module, ...]:
+        """The norms of queries and of keys before RoPE; empty without them."""
         return ()
 
+    @property
+    def turns(self) -> bool:
+        """Whether RoPE turns queries and keys in this layer."""
+        return True
+
+    def norm(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries (T, N x D) and keys (T, M x D) as `norms` make them, each head alone.
+
+        Rows are in no order, and each must be normed without a look at another.
+        """
+        q_norm, k_norm = self.norms
+        head_size = self.attn.head_size
+        return (
+            q_norm(q.unflatten(-1, (-1, head_size))).flatten(-2),
+            k_norm(k.unflatten(-1, (-1, head_size))).flatten(-2),
+        )
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values before RoPE, (T, (N + 2M) x D), of `rows` (T, H)."""
+        qkv, _ = self.qkv_proj(rows)
+        if not self.norms:
+            return qkv
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        # vLLM leaves norms to Inductor, which does not look into this operator. Where
+        # vLLM has a kernel of its own, that one launch serves instead of half a dozen.
+        with ir.ops.rms_norm.set_priority(["vllm_c", "native"]):
+            return torch.cat((*self.norm(q, k), v), dim=-1)
+
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, **_: Any
     ) -> torch.Tensor:
-        """Attention of `hidden_states` (T, H) at `positions` (T,): (T, H)."""
+        """Attention of `hidden_states` (T, H) at `positions` (T,): (T, H).
+
+        Some models pass on what their stock attention ignores, and so does this one.
+        """
         output = hidden_states.new_empty((hidden_states.shape[0], self.q_size))
         torch.ops.scx.encoded_attention(positions, hidden_states, output, self.layer_name)
         return self.o_proj(output)[0]
@@ -105,8 +137,7 @@ class SCXAttention(nn.Module):
         start = time.perf_counter()
         self.calls += 1
         rows = self.secure.encode_rows(hidden_states)
-        qkv, _ = self.qkv_proj(rows)
-        q, k, v = self.secure.encode_features(qkv, positions)
+        q, k, v = self.secure.encode_features(self.project(rows), positions)
         self.secure.decode_features(self.attn(q, k, v), output)
         if self.debug and not _is_captured(hidden_states):
             self._log_step(hidden_states, time.perf_counter() - start)
@@ -122,9 +153,9 @@ class SCXAttention(nn.Module):
             hidden_states.device,
             self.secure.device,
             tuple(hidden_states.shape),
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_dim,
+            self.attn.num_heads,
+            self.attn.num_kv_heads,
+            self.attn.head_size,
             traffic.steps,
             traffic.crossings,
             traffic.bytes_in,

@@ -20,7 +20,7 @@ from scx.models.attention import OP_NAME, SCXAttention, logger
 from scx.plugin import kv_store, refusals
 from scx.plugin.architectures import EncodedModel
 from scx.plugin.plan import EncodingPlan
-from scx.plugin.rotary import table_of
+from scx.plugin.rotary import tables_of
 
 
 class SCXForCausalLM(EncodedModel, nn.Module):
@@ -40,15 +40,15 @@ class SCXForCausalLM(EncodedModel, nn.Module):
         plan, here = EncodingPlan.read(vllm_config), self._layers_here()
         chosen = [i for i in plan.layers if i in here] if plan else []
         self.plan = plan
-        self.encoded = [self.model.layers[i].self_attn for i in chosen]
+        self.encoded = [self._attention(i) for i in chosen]
         if plan is None or not chosen:
             return
         root = plan.root_key()
         kv_store.claim(vllm_config, root.fingerprint, plan.record)
         for index, attention in zip(chosen, self.encoded, strict=True):
-            refusals.require_cache(attention.attn.kv_cache_dtype, plan)
             found, attention.__class__ = type(attention), self.attention_class
             _require_stock(found, attention)
+            refusals.require_attention(attention.attn, plan)
             attention.layer_index = index
             attention.layer_name = attention.attn.layer_name.removesuffix(".attn")
             attention.debug = plan.config.enable_debug
@@ -68,7 +68,7 @@ class SCXForCausalLM(EncodedModel, nn.Module):
 
     def encodes(self, layers: list[int]) -> bool:
         return all(
-            isinstance(self.model.layers[i].self_attn, SCXAttention)
+            isinstance(self._attention(i), SCXAttention)
             for i in layers
             if i in self._layers_here()
         )
@@ -77,12 +77,17 @@ class SCXForCausalLM(EncodedModel, nn.Module):
         """The layers of this pipeline rank."""
         return range(self.model.start_layer, self.model.end_layer)
 
+    def _attention(self, index: int) -> Any:
+        """The attention of a layer that is here."""
+        return self.model.layers[index].self_attn
+
     def forward(
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As the stock class.
 
@@ -92,7 +97,7 @@ class SCXForCausalLM(EncodedModel, nn.Module):
         """
         calls = [attention.calls for attention in self.encoded]
         result = super().forward(
-            input_ids, positions, intermediate_tensors, inputs_embeds
+            input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
         )
         for attention, before in zip(self.encoded, calls, strict=True):
             if attention.calls == before:
@@ -111,7 +116,8 @@ class SCXForCausalLM(EncodedModel, nn.Module):
         codec = self.plan.codec
         for attention in self.encoded:
             bias = attention.qkv_proj.bias
-            if bias is None or bias.dtype == torch.float32:
+            # A norm makes keys of its own size, whatever the bias.
+            if bias is None or bias.dtype == torch.float32 or attention.norms:
                 continue
             keys = bias[attention.q_size : attention.q_size + attention.kv_size]
             if (largest := keys.abs().max().item()) > codec.largest_key_bias:
@@ -128,14 +134,18 @@ class SCXForCausalLM(EncodedModel, nn.Module):
 
 
 def _require_stock(found: type, attention: SCXAttention) -> None:
-    """Refuse an attention layer that another plugin changed: it would be another model.
+    """Refuse an attention layer that is not the one that is encoded: it would be another
+    model.
 
     What the layer computes is replaced by what vLLM's own class does. So `found`, the
-    class that it had, must be that class, and what its rotary embedding and norms run
-    must be vLLM's own code. Raises SCXUnsupportedError.
+    class that it had, must be that class, without a part that the encoded forward would
+    leave out, and what its rotary embedding and norms run must be vLLM's own code. Raises
+    SCXUnsupportedError.
     """
     runs = [found.forward] if found is type(attention).__bases__[1] else [found]
-    parts: list[Any] = [attention.rotary_emb, *attention.head_norms]
+    parts: list[Any] = [*attention.norms]
+    if attention.turns:
+        parts.append(attention.rotary_emb)
     for part in parts:
         # A CustomOp chooses the method that it runs when it is made.
         runs += [type(part), getattr(part, "_forward_method", part.forward)]
@@ -151,6 +161,14 @@ def _require_stock(found: type, attention: SCXAttention) -> None:
             f"attention is a {found.__qualname__} here, not the class that is encoded: "
             f"unset {ENC_LAYERS}"
         )
+    used = [attention.qkv_proj, attention.attn, attention.o_proj, *parts]
+    for name, part in attention.named_children():
+        if name != "rotary_emb" and all(part is not each for each in used):
+            raise SCXUnsupportedError(
+                f"{found.__qualname__} has a {name} in this vLLM, which the encoded "
+                f"attention would leave out: use a version that was run, or unset "
+                f"{ENC_LAYERS}"
+            )
 
 
 def _attach_secure_layers(
@@ -158,26 +176,28 @@ def _attach_secure_layers(
 ) -> None:
     """Give each layer its secure device's side, with the key that is its own."""
     first = layers[0]
-    rotary = table_of([layer.rotary_emb for layer in layers], plan.max_model_len)
+    tables, is_neox_style = tables_of(
+        [layer.rotary_emb if layer.turns else None for layer in layers],
+        plan.max_model_len,
+    )
     rank = Rank(
-        num_heads=first.num_heads,
-        hidden_size=first.hidden_size,
+        num_heads=first.attn.num_heads,
+        hidden_size=first.qkv_proj.input_size,
         dtype=plan.dtype,
         max_tokens=plan.max_step_tokens,
-        cos_sin_cache=rotary.cos_sin_cache,
-        is_neox_style=rotary.is_neox_style,
+        is_neox_style=is_neox_style,
+        accelerator=tables[0].device,
         secure_device=torch.device(plan.config.secure_device),
         workers=plan.workers,
     )
     features = {
         layer.layer_index: plan.codec.derive(
-            root, layer.layer_index, _global_kv_heads(layer), layer.head_dim
+            root, layer.layer_index, _global_kv_heads(layer), layer.attn.head_size
         )
         for layer in layers
     }
-    norms = [layer.head_norms for layer in layers]
     secure_layers = devices.build(
-        plan.device, features, norms, rank, envs.VLLM_LOG_STATS_INTERVAL
+        plan.device, features, tables, rank, envs.VLLM_LOG_STATS_INTERVAL
     )
     for layer, secure in zip(layers, secure_layers, strict=True):
         layer.secure = secure
@@ -190,9 +210,10 @@ def _global_kv_heads(attention: SCXAttention) -> range:
     (QKVParallelLinear in vllm/model_executor/layers/linear.py).
     """
     ranks = get_tensor_model_parallel_world_size()
-    replicas = max(1, ranks // attention.total_num_kv_heads)
-    first = get_tensor_model_parallel_rank() // replicas * attention.num_kv_heads
-    return range(first, first + attention.num_kv_heads)
+    replicas = max(1, ranks // attention.qkv_proj.total_num_kv_heads)
+    heads = attention.attn.num_kv_heads
+    first = get_tensor_model_parallel_rank() // replicas * heads
+    return range(first, first + heads)
 
 
 def _announce(attention: SCXAttention, vllm_config: VllmConfig) -> None:

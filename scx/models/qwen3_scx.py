@@ -1,8 +1,8 @@
 """Qwen3 with encoded attention in chosen layers."""
 
+from torch import nn
 from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
 
-from scx.devices.interface import HeadNorm
 from scx.models.attention import SCXAttention
 from scx.models.base import SCXForCausalLM
 
@@ -11,7 +11,7 @@ class Qwen3SCXAttention(SCXAttention, Qwen3Attention):
     """Qwen3Attention with the encoded forward pass."""
 
     @property
-    def head_norms(self) -> tuple[HeadNorm, ...]:
+    def norms(self) -> tuple[nn.Module, ...]:
         return self.q_norm, self.k_norm
 
 

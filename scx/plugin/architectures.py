@@ -5,6 +5,7 @@ another plugin may have registered that name for a class of its own.
 """
 
 from abc import ABC, abstractmethod
+from enum import Enum
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,13 +15,23 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 
+class Trait(Enum):
+    """What the attention of an architecture does, or does in some of its models, beyond
+    RoPE of queries and keys and a softmax of their products."""
+
+    HEAD_NORMS = "norms of query and key heads"
+    PROJECTION_NORMS = "norms of all queries and of all keys of a token"
+    ROPE_BY_LAYER = "RoPE that differs by layer"
+    SINKS = "attention sinks"
+    SOFT_CAPS = "capped scores"
+
+
 class Architecture(NamedTuple):
     """A class of vLLM and the class that encodes in its place, each module:class."""
 
     stock: str
     encoded: str
-    norms: bool = False
-    """Whether its attention applies RMSNorm to queries and keys."""
+    traits: frozenset[Trait] = frozenset()
 
     @property
     def name(self) -> str:
@@ -28,18 +39,40 @@ class Architecture(NamedTuple):
         return self.stock.split(":")[1]
 
 
-def _architecture(stock: str, encoded: str, norms: bool = False) -> Architecture:
-    stock, encoded = f"vllm.model_executor.models.{stock}", f"scx.models.{encoded}"
-    return Architecture(stock, encoded, norms)
+def _architecture(module: str, model: str, *traits: Trait) -> Architecture:
+    """The row of `model` in a module of vLLM; ours has the same names with SCX added."""
+    return Architecture(
+        f"vllm.model_executor.models.{module}:{model}",
+        f"scx.models.{module}_scx:{model.replace('For', 'SCXFor')}",
+        frozenset(traits),
+    )
 
 
 ARCHITECTURES = (
-    _architecture("ernie45:Ernie4_5ForCausalLM", "ernie45_scx:Ernie4_5SCXForCausalLM"),
-    _architecture("llama:LlamaForCausalLM", "llama_scx:LlamaSCXForCausalLM"),
-    _architecture("mistral:MistralForCausalLM", "mistral_scx:MistralSCXForCausalLM"),
-    _architecture("phi3:Phi3ForCausalLM", "phi3_scx:Phi3SCXForCausalLM"),
-    _architecture("qwen2:Qwen2ForCausalLM", "qwen2_scx:Qwen2SCXForCausalLM"),
-    _architecture("qwen3:Qwen3ForCausalLM", "qwen3_scx:Qwen3SCXForCausalLM", norms=True),
+    _architecture("commandr", "CohereForCausalLM", Trait.HEAD_NORMS, Trait.ROPE_BY_LAYER),
+    _architecture("ernie45", "Ernie4_5ForCausalLM"),
+    _architecture("ernie45_moe", "Ernie4_5_MoeForCausalLM"),
+    _architecture("exaone4", "Exaone4ForCausalLM", Trait.HEAD_NORMS, Trait.ROPE_BY_LAYER),
+    _architecture("gemma", "GemmaForCausalLM"),
+    _architecture("gemma2", "Gemma2ForCausalLM", Trait.SOFT_CAPS),
+    _architecture("gemma3", "Gemma3ForCausalLM", Trait.HEAD_NORMS, Trait.ROPE_BY_LAYER),
+    _architecture("glm4", "Glm4ForCausalLM"),
+    _architecture("glm4_moe", "Glm4MoeForCausalLM", Trait.HEAD_NORMS),
+    _architecture("gpt_oss", "GptOssForCausalLM", Trait.SINKS),
+    _architecture("granite", "GraniteForCausalLM", Trait.ROPE_BY_LAYER),
+    _architecture("granitemoe", "GraniteMoeForCausalLM", Trait.ROPE_BY_LAYER),
+    _architecture("llama", "LlamaForCausalLM"),
+    _architecture("minimax_m2", "MiniMaxM2ForCausalLM", Trait.PROJECTION_NORMS),
+    _architecture("mistral", "MistralForCausalLM"),
+    _architecture("mixtral", "MixtralForCausalLM"),
+    _architecture("olmoe", "OlmoeForCausalLM", Trait.PROJECTION_NORMS),
+    _architecture("phi3", "Phi3ForCausalLM"),
+    _architecture("qwen2", "Qwen2ForCausalLM", Trait.HEAD_NORMS),
+    _architecture("qwen2_moe", "Qwen2MoeForCausalLM"),
+    _architecture("qwen2_rm", "Qwen2ForProcessRewardModel", Trait.HEAD_NORMS),
+    _architecture("qwen2_rm", "Qwen2ForRewardModel", Trait.HEAD_NORMS),
+    _architecture("qwen3", "Qwen3ForCausalLM", Trait.HEAD_NORMS),
+    _architecture("qwen3_moe", "Qwen3MoeForCausalLM", Trait.HEAD_NORMS),
 )
 
 

@@ -3,16 +3,20 @@
 Names of vLLM that this leans on are listed, with versions, in docs/vllm-seams.md.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any, cast
 
 from scx import keys
 from scx.keys import SECURE_DEVICE, get_scx_config
-from scx.plugin import kv_store, refusals
+from scx.plugin import kv_store, refusals, versions
 from scx.plugin.architectures import register
 from scx.plugin.plan import RECORD, EncodingPlan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+# Under vLLM's root logger, so that its handlers and levels apply.
+_logger = logging.getLogger("vllm.scx")
 
 
 def configure(vllm_config: "VllmConfig") -> None:
@@ -46,24 +50,24 @@ def configure(vllm_config: "VllmConfig") -> None:
     model_config.hf_config.architectures = [class_name]
     if not plan.device.in_graphs:
         _use_piecewise_graphs(vllm_config, config.secure_device)
+    if warning := versions.unknown():
+        _logger.warning("SCX: %s", warning)
     vllm_config.compilation_config.pass_config.fuse_attn_quant = False
 
 
 def _use_piecewise_graphs(vllm_config: "VllmConfig", secure_device: str) -> None:
     """Keep whole-step CUDA graphs off: the secure step synchronises with Python."""
     from vllm.config import CUDAGraphMode
-    from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
     compilation = vllm_config.compilation_config
     if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
         if current_platform.is_cuda_alike():
-            init_logger("vllm.scx").warning(
-                "SCX: for %s with secure device %s each step waits for Python, so CUDA "
-                "graphs are PIECEWISE and decoding is several times slower; whole graphs "
-                "need a model without query and key norms and %s=cpu or cuda",
-                vllm_config.model_config.architecture,
+            _logger.warning(
+                "SCX: with secure device %s each step waits for Python, so CUDA graphs "
+                "are PIECEWISE and decoding is several times slower; whole graphs need "
+                "%s=cpu or cuda",
                 secure_device,
                 SECURE_DEVICE,
             )

@@ -101,10 +101,7 @@ class EncodingPlan:
             layers=tuple(record["layers"]),
             codec=codec,
             device=devices.choose(
-                config.secure_device,
-                current_platform.is_cuda(),
-                codec,
-                architecture.norms,
+                config.secure_device, current_platform.is_cuda(), codec
             ),
             dtype=model_config.dtype,
             max_model_len=model_config.max_model_len,

@@ -4,13 +4,20 @@ Each reason ends the sentence "SCX_ENC_LAYERS=... asks for encoding, but ...".
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from scx.codecs.interface import FeatureCodec
 from scx.devices import placement
 from scx.errors import SCXUnsupportedError
 from scx.keys import CODEC, ENC_LAYERS, SCXConfig
 from scx.plugin import kv_store, rotary
-from scx.plugin.architectures import architecture_of, encoded_architectures, resolve
+from scx.plugin.architectures import (
+    Architecture,
+    Trait,
+    architecture_of,
+    encoded_architectures,
+    resolve,
+)
 from scx.plugin.plan import EncodingPlan, asked
 
 if TYPE_CHECKING:
@@ -31,6 +38,10 @@ _QUANTIZATIONS = (
 )
 """Weight formats that quantise activations per token or with one scale, so shuffled rows
 do not matter."""
+_PLAIN_CACHES = ("auto", "float16", "bfloat16")
+_SCALED_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_per_token_head")
+"""Types of the KV cache that have one scale per tensor, or per token and head, so they
+round features in any order alike."""
 
 
 def refuse(config: SCXConfig, obstacles: Iterator[str]) -> None:
@@ -66,8 +77,6 @@ def model_obstacles(model_config: "ModelConfig") -> Iterator[str]:
             "AWQ, GPTQ, fp8 or compressed-tensors, or weights that are not quantised"
         )
     hf_config = model_config.hf_text_config
-    if getattr(hf_config, "qk_norm", False):
-        yield "qk_norm=True is not encoded: use a model without query and key norms"
     if getattr(hf_config, "llama_4_scaling", None):
         yield "llama_4_scaling of the queries is not encoded: use a model without it"
     if getattr(hf_config, "dual_chunk_attention_config", None):
@@ -112,6 +121,14 @@ def feature_obstacles(vllm_config: "VllmConfig", plan: EncodingPlan) -> Iterator
             "dual batch overlap runs two steps at once in a layer: leave out enable_dbo "
             "and ubatch_size"
         )
+    traits = plan.architecture.traits
+    if Trait.PROJECTION_NORMS in traits and parallel.tensor_parallel_size > 1:
+        yield (
+            f"{plan.architecture.name} norms queries and keys over all ranks, each of "
+            "which shuffles rows in its own order: leave tensor_parallel_size at 1"
+        )
+    for trait in clashes(plan.codec, plan.architecture):
+        yield _shifted(plan, f"{plan.architecture.name} has {trait.value}")
     yield from _cache_obstacles(_cache_dtype(vllm_config), plan)
     mode = _whole_graphs(vllm_config)
     if mode and not plan.device.in_graphs:
@@ -119,6 +136,12 @@ def feature_obstacles(vllm_config: "VllmConfig", plan: EncodingPlan) -> Iterator
             f"cudagraph_mode={mode} captures the secure step, which synchronises "
             "with the host: leave it out, or use PIECEWISE or NONE"
         )
+
+
+def clashes(codec: type[FeatureCodec], architecture: Architecture) -> list[Trait]:
+    """What of an architecture would see how a codec encodes scores, in a fixed order."""
+    seeing = (Trait.SINKS, Trait.SOFT_CAPS) if codec.shifts_scores else ()
+    return [trait for trait in seeing if trait in architecture.traits]
 
 
 def _whole_graphs(vllm_config: "VllmConfig") -> str:
@@ -161,19 +184,47 @@ def _cache_dtype(vllm_config: "VllmConfig") -> str:
 
 def _cache_obstacles(cache_dtype: str, plan: EncodingPlan) -> Iterator[str]:
     """Why encoded keys and values would be rounded differently from plain ones."""
-    if "fp8" in cache_dtype and not plan.codec.moves_only:
+    if cache_dtype in _SCALED_CACHES and not plan.codec.moves_only:
         yield (
             f"kv_cache_dtype={cache_dtype!r} clips at scales made for K and V as they "
             f"are, and {CODEC}={plan.codec.name!r} stretches them: use auto (bfloat16 or "
             "float16 if the weights bring such scales), or the permutation codec"
         )
-    if cache_dtype not in ("auto", "float16", "bfloat16") and "fp8" not in cache_dtype:
+    if cache_dtype not in _PLAIN_CACHES + _SCALED_CACHES:
         yield (
             f"kv_cache_dtype={cache_dtype!r} may round groups of features, which are "
             "permuted: use auto or an fp8 type"
         )
 
 
-def require_cache(cache_dtype: str, plan: EncodingPlan) -> None:
-    """Refuse the type that an encoded layer's cache turned out to have."""
-    refuse(plan.config, _cache_obstacles(cache_dtype, plan))
+def _shifted(plan: EncodingPlan, what: str) -> str:
+    return (
+        f"{what}, and {CODEC}={plan.codec.name!r} shifts the scores of a query, which "
+        "softmax alone does not see: use the permutation codec"
+    )
+
+
+def require_attention(attn: Any, plan: EncodingPlan) -> None:
+    """Refuse what an encoded layer's attention, as vLLM built it, turned out to do.
+
+    `attn` is vLLM's Attention.
+    """
+    refuse(plan.config, _attention_obstacles(attn, plan))
+
+
+def _attention_obstacles(attn: Any, plan: EncodingPlan) -> Iterator[str]:
+    if attn.attn_type != "decoder":
+        yield (
+            f"attention of type {attn.attn_type!r} is not encoded: use a model that "
+            f"attends to earlier tokens only, or unset {ENC_LAYERS}"
+        )
+    if attn.kv_sharing_target_layer_name is not None:
+        yield (
+            f"a layer reads the cache of {attn.kv_sharing_target_layer_name}, which has "
+            "another key: use a model whose layers have their own caches"
+        )
+    if plan.codec.shifts_scores and attn.has_sink:
+        yield _shifted(plan, "this model has attention sinks")
+    if plan.codec.shifts_scores and getattr(attn.impl, "logits_soft_cap", None):
+        yield _shifted(plan, "this model has capped scores")
+    yield from _cache_obstacles(attn.kv_cache_dtype, plan)

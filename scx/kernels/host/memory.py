@@ -90,7 +90,9 @@ class Private(NamedTuple):
     decoding_keys: np.ndarray
     """(layers, ...): packed for the codec's kernels."""
     cos_sin: np.ndarray
-    """float32 (max_position, R)"""
+    """float32 (rows, R): the rotary tables, one after another."""
+    rotary_rows: np.ndarray
+    """int64 (layers, 2): the first row of a layer's table, and the row after its last."""
     counters: np.ndarray
     """int64 (layers, 5)"""
     num_heads: int
@@ -138,6 +140,7 @@ def borrowed(shared, own):
             _borrowed(own.encoding_keys),
             _borrowed(own.decoding_keys),
             _borrowed(own.cos_sin),
+            _borrowed(own.rotary_rows),
             _borrowed(own.counters),
             own.num_heads,
             own.is_neox_style,

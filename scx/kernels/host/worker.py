@@ -235,12 +235,13 @@ def _chunk_server(dtype: torch.dtype, features: str) -> Callable:
         begin, end = _group_of(first, trip.tokens)
         status = wait_for_group(shared, own, trip, order, begin, end)
         if status == OK:
+            table = own.rotary_rows[trip.layer]
             encode(
                 trip.source[begin:end],
                 trip.target[begin:end],
                 order.rank,
                 shared.positions[begin:end],
-                own.cos_sin,
+                own.cos_sin[table[0] : table[1]],
                 own.encoding_keys[trip.layer],
                 own.num_heads,
                 own.is_neox_style,
