@@ -134,26 +134,27 @@ def assert_equal_words_keep_the_order_of_their_rows(device):
 
     words = torch.randint(-3, 3, (600,), device=device)
     hidden = torch.randn(600, 8, device=device)
-    rows, rank = secure.encode_rows(hidden, words)
+    counters = torch.tensor([5, 7, 0], device=device)
+    rows, rank = secure.encode_rows_by(words, hidden, counters)
     pi = words.argsort(stable=True)
     assert torch.equal(rows, hidden[pi])
     assert torch.equal(rank, pi.argsort())
+    assert counters.tolist() == [6, 607, 0]
 
 
-def assert_each_step_has_words_of_its_own(layer, hidden, qkv, attention, positions):
-    """Those of ChaCha20 at the step's number, whether they were drawn ahead or not, also
-    after steps that ended early. `hidden` has more rows than are drawn ahead."""
-    from scx.kernels.cuda.secure import draw_words
+def assert_the_order_sorts_the_words(device, counts):
+    """Whether the kernel draws them itself, as it does for few rows, or not."""
+    from scx.kernels.cuda import secure
 
-    counters = layer._orders.counters.clone()
-    for ends in (True, False, True):
-        for few in (3, len(hidden)):
-            words = draw_words(layer._orders.key, counters, few)
-            rows = layer.encode_rows(hidden[:few])
-            assert torch.equal(rows, hidden[:few][words.argsort()])
-            if ends:
-                layer.encode_features(qkv[:few], positions[:few])
-            counters[0] += 1
+    key = torch.arange(8, dtype=torch.int32, device=device)
+    for count in counts:
+        counters = torch.tensor([3, 0, 0], device=device)
+        words = secure.draw_words(key, counters, count)
+        hidden = torch.randn(count, 8, device=device)
+        rows, rank = secure.encode_rows(hidden, key, counters)
+        assert torch.equal(rows, hidden[words.argsort()])
+        assert torch.equal(rank, words.argsort().argsort())
+        assert counters.tolist() == [4, count, 0]
 
 
 def assert_words_are_chacha20(step, device, count=600):
@@ -163,7 +164,7 @@ def assert_words_are_chacha20(step, device, count=600):
     key = bytes(range(32))
     words = draw_words(
         torch.frombuffer(bytearray(key), dtype=torch.int32).to(device),
-        torch.tensor([step, 0], device=device),
+        torch.tensor([step, 0, 0], device=device),
         count,
     )
     for block, word in enumerate(words.tolist()):

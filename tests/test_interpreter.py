@@ -35,10 +35,10 @@ def check_each(cases):
         step = secure_layers.tensors(tokens, head_dim, dtype, "cpu")
         secure_layers.assert_is_plain(layer, plain, *step)
         secure_layers.assert_stays_within_the_rows(layer, *step)
-    secure_layers.assert_each_step_has_words_of_its_own(layer, *step)
     hidden, qkv, *_ = secure_layers.tensors(8, head_dim, dtype, "cpu")
     secure_layers.assert_positions_stay_within_the_table(layer, hidden, qkv)
     secure_layers.assert_equal_words_keep_the_order_of_their_rows("cpu")
+    secure_layers.assert_the_order_sorts_the_words("cpu", (1, 3, 129))
     for nonce in (1, (1 << 40) + 7):
         secure_layers.assert_words_are_chacha20(nonce, "cpu")
     return len(cases)

@@ -64,17 +64,17 @@ class AcceleratorSecureLayer(SecureLayer):
             stay = torch.arange(features.head_dim, dtype=torch.int32, device=self.device)
             self._key = stay.repeat(features.kv_heads, 1)
         random_bytes = bytearray(os.urandom(32))
-        row_key = torch.frombuffer(random_bytes, dtype=torch.int32)
-        # Graphs are replayed without Python, so the device counts steps and tokens.
-        self._orders = kernels.RowOrders(row_key.to(self.device))
+        self._row_key = torch.frombuffer(random_bytes, dtype=torch.int32).to(self.device)
+        # Steps and tokens so far, and a word of the kernel's. Graphs are replayed without
+        # Python, so the device counts; the steps are the nonces of the row orders.
+        self._counters = torch.zeros(3, dtype=torch.int64, device=self.device)
         self._row_bytes = 0
 
     def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self._order is not None:
-            self._orders.skip()
         hidden_states = hidden_states.contiguous()
-        words = self._orders.next_words(len(hidden_states))
-        rows, self._order = kernels.encode_rows(hidden_states, words)
+        rows, self._order = kernels.encode_rows(
+            hidden_states, self._row_key, self._counters
+        )
         self._row_bytes = (
             hidden_states.shape[1] + sum(self._split) + self._split[0]
         ) * hidden_states.itemsize
@@ -95,7 +95,6 @@ class AcceleratorSecureLayer(SecureLayer):
             self._key,
             self._num_heads,
             self._is_neox_style,
-            self._orders,
         )
         q, k, v = encoded.split(self._split, dim=-1)
         features = self.features
@@ -116,6 +115,6 @@ class AcceleratorSecureLayer(SecureLayer):
     @property
     def traffic(self) -> Traffic:
         """What was handed from one side to the other, replayed graphs included."""
-        steps, tokens = self._orders.counters.tolist()
+        steps, tokens, _ = self._counters.tolist()
         size = tokens * self._row_bytes
         return Traffic(steps, 6 * steps, size + tokens * torch.int64.itemsize, size)

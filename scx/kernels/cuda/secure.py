@@ -1,11 +1,10 @@
 """Fused forms of `scx.codecs` for an accelerator that is itself the secure device.
 
 Three Triton kernels per step put rows in a fresh order, rotate and encode features, and
-decode features. None waits for the host. They can be captured in a graph, and each replay
-draws a new order: random words are the keystream of ChaCha20 (RFC 8439) under a key from
-the operating system, with a step counter in the accelerator's memory as its nonce. The
-second kernel counts the step and draws the words of the next one, beside its own work;
-for more rows than that another kernel draws them first.
+decode features; for more than 128 rows another one draws the random words of the order
+first. None waits for the host. They can be captured in a graph, and each replay draws a
+new order: the words are the keystream of ChaCha20 (RFC 8439) under a key from the
+operating system, with a step counter in the accelerator's memory as its nonce.
 
 Heads are read and written as they lie in memory, a vector at a time, and their features
 change places in between, in registers and shared memory.
@@ -25,8 +24,8 @@ import triton.language as tl
 
 _WORDS = tl.constexpr(256)
 """Random words that a program draws, or compares, at once."""
-_AHEAD = tl.constexpr(256)
-"""Random words that are drawn for the next step."""
+_FEW_WORDS = tl.constexpr(128)
+"""Random words that each program draws for itself, one per thread, if they suffice."""
 _LAST_WORD = tl.constexpr(2**63 - 1)
 _COLUMNS = tl.constexpr(1024)
 _WARPS = 4
@@ -100,27 +99,37 @@ def _encode_rows(
     source,
     target,
     words,
+    key,
     rank,
+    counters,
     num_tokens,
     WIDTH: tl.constexpr,
+    DRAWS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     first = tl.program_id(0) * ROWS
     row = first + tl.arange(0, ROWS)
-    smaller = tl.zeros([ROWS, _WORDS], tl.int32)
-    own = tl.load(words + row, row < num_tokens)[:, None]
-    for start in range(0, num_tokens, _WORDS):
-        other = start + tl.arange(0, _WORDS)
-        word = tl.load(words + other, other < num_tokens, _LAST_WORD)[None, :]
-        # Of two equal words the first row's comes first, if they ever occur. Only beside
-        # its own rows a program has to look which that is.
-        if start + _WORDS <= first:
-            smaller += word <= own
-        elif start >= first + ROWS:
-            smaller += word < own
-        else:
-            earlier = (word == own) & (other[None, :] < row[:, None])
-            smaller += (word < own) | earlier
+    if DRAWS:
+        other = tl.arange(0, _FEW_WORDS)
+        word = _chacha20(key, tl.load(counters), other.to(tl.uint32))[None, :]
+        is_own = other[None, :] == row[:, None]
+        own = tl.sum(tl.where(is_own, word, 0), 1, keep_dims=True)
+        drawn = (other < num_tokens)[None, :]
+        smaller = (_is_smaller(word, own, other, row) & drawn).to(tl.int32)
+    else:
+        smaller = tl.zeros([ROWS, _WORDS], tl.int32)
+        own = tl.load(words + row, row < num_tokens)[:, None]
+        for start in range(0, num_tokens, _WORDS):
+            other = start + tl.arange(0, _WORDS)
+            word = tl.load(words + other, other < num_tokens, _LAST_WORD)[None, :]
+            # Of two equal words the first row's comes first, if they ever occur. Only
+            # beside its own rows a program has to look which that is.
+            if start + _WORDS <= first:
+                smaller += word <= own
+            elif start >= first + ROWS:
+                smaller += word < own
+            else:
+                smaller += _is_smaller(word, own, other, row)
     place = tl.sum(smaller, 1).to(tl.int64)
     tl.store(rank + row, place, row < num_tokens)
     row = row.to(tl.int64)[:, None]
@@ -129,16 +138,16 @@ def _encode_rows(
         inside = (row < num_tokens) & (column < WIDTH)
         moved = tl.load(source + row * WIDTH + column, inside)
         tl.store(target + place[:, None] * WIDTH + column, moved, inside)
+    # The last program to arrive counts the step, as the others have read its number.
+    if tl.atomic_add(counters + 2, 1) == tl.num_programs(0) - 1:
+        tl.store(counters + 2, 0)
+        tl.store(counters, tl.load(counters) + 1)
+        tl.store(counters + 1, tl.load(counters + 1) + num_tokens)
 
 
 @triton.jit
-def _begin_step(words, key, counters, num_tokens):
-    """Count the step that ends, of so many rows, and draw words for the next one."""
-    step = tl.load(counters) + 1
-    tl.store(counters, step)
-    tl.store(counters + 1, tl.load(counters + 1) + num_tokens)
-    row = tl.arange(0, _AHEAD)
-    tl.store(words + row, _chacha20(key, step, row.to(tl.uint32)))
+def _is_smaller(word, own, other, row):
+    return (word < own) | ((word == own) & (other[None, :] < row[:, None]))
 
 
 @triton.jit
@@ -162,9 +171,6 @@ def _encode_features(
     positions,
     cos_sin_cache,
     key,
-    words,
-    row_key,
-    counters,
     num_tokens,
     max_position,
     HEADS: tl.constexpr,
@@ -178,10 +184,6 @@ def _encode_features(
     width: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     half: tl.constexpr = ROTARY_DIM // 2
     head = tl.program_id(1)
-    if head == HEADS + 2 * KV_HEADS:
-        if tl.program_id(0) == 0:
-            _begin_step(words, row_key, counters, num_tokens)
-        return
     feature = tl.arange(0, BLOCK)
     held = feature < HEAD_DIM
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -238,29 +240,6 @@ def _decode_features(
     tl.store(target + own, _permute(encoded, own_key, held, ROWS, BLOCK), inside)
 
 
-class RowOrders:
-    """What the row orders of one layer are drawn from, all on the accelerator."""
-
-    def __init__(self, key: torch.Tensor) -> None:
-        """`key`, int32 (8,), is ChaCha20's, for these orders alone."""
-        self.key = key
-        self.counters = torch.zeros(2, dtype=torch.int64, device=key.device)
-        """Steps and rows so far. The steps are the nonces."""
-        self.words = draw_words(key, self.counters, _AHEAD.value)
-        """Those of the next step's first rows."""
-
-    def next_words(self, num_tokens: int) -> torch.Tensor:
-        """The random words of the next step: int64 (num_tokens,) or more."""
-        if num_tokens <= _AHEAD.value:
-            return self.words
-        return draw_words(self.key, self.counters, num_tokens)
-
-    def skip(self) -> None:
-        """Count a step that ended early, so that its words are not used again."""
-        self.counters[0] += 1
-        self.words.copy_(draw_words(self.key, self.counters, _AHEAD.value))
-
-
 def draw_words(key: torch.Tensor, step: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """The random words of one step: int64 (num_tokens,).
 
@@ -275,24 +254,54 @@ def draw_words(key: torch.Tensor, step: torch.Tensor, num_tokens: int) -> torch.
 
 
 def encode_rows(
-    hidden_states: torch.Tensor, words: torch.Tensor
+    hidden_states: torch.Tensor, key: torch.Tensor, counters: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of contiguous `hidden_states` (T, H) in the order pi, and pi's inverse.
+    """The rows of contiguous `hidden_states` (T, H) in a fresh order pi, and its inverse.
 
-    pi sorts the first T of `words`, int64 (T or more,). Its inverse is int64 (T,).
+    pi sorts the words that `draw_words` draws for T rows under `key` at `counters`,
+    int64 (3,). Its inverse is int64 (T,). Adds 1 and T to the first two of `counters`;
+    the third is the kernel's own, and 0.
     """
+    num_tokens = len(hidden_states)
+    if num_tokens == 1:
+        # It has one order, by whatever word.
+        words = torch.empty_like(counters[:1])
+    elif num_tokens <= _FEW_WORDS.value:
+        words = None
+    else:
+        words = draw_words(key, counters, num_tokens)
+    return _encode_rows_by(words, hidden_states, key, counters)
+
+
+def encode_rows_by(
+    words: torch.Tensor, hidden_states: torch.Tensor, counters: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `encode_rows`, for `words`, int64 (T,). Equal ones keep the order of their
+    rows."""
+    return _encode_rows_by(words, hidden_states, words, counters)
+
+
+def _encode_rows_by(
+    words: torch.Tensor | None,
+    hidden_states: torch.Tensor,
+    key: torch.Tensor,
+    counters: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, width = hidden_states.shape
-    rows, rank = torch.empty_like(hidden_states), words.new_empty(num_tokens)
+    rows, rank = torch.empty_like(hidden_states), counters.new_empty(num_tokens)
     # One in a decode batch, to spread it over the accelerator.
-    block_rows = 1 if num_tokens <= _WORDS.value else 4
+    block_rows = 1 if words is None else 4
     launch: Any = _encode_rows[(triton.cdiv(num_tokens, block_rows),)]
     launch(
         hidden_states,
         rows,
-        words,
+        key if words is None else words,
+        key,
         rank,
+        counters,
         num_tokens,
         WIDTH=width,
+        DRAWS=words is None,
         ROWS=block_rows,
         num_warps=_WARPS,
     )
@@ -307,18 +316,16 @@ def encode_features(
     key: torch.Tensor,
     num_heads: int,
     is_neox_style: bool,
-    orders: RowOrders,
 ) -> torch.Tensor:
     """Rows in their own order, with rotated and permuted features: (T, (N + 2M) x D).
 
     `qkv` is contiguous, has that shape, and is in the order of `encode_rows`, whose
     second result is `rank`. `positions` int64 (T,), `cos_sin_cache` (max_position, R) and
-    `key` int32 (M, D) are as in the codec. Ends the step in `orders`.
+    `key` int32 (M, D) are as in the codec.
     """
     target = torch.empty_like(qkv)
     kv_heads, head_dim = key.shape
-    # One more in the second direction, for the next step's words.
-    grid = (triton.cdiv(len(qkv), _FEATURE_ROWS), num_heads + 2 * kv_heads + 1)
+    grid = (triton.cdiv(len(qkv), _FEATURE_ROWS), num_heads + 2 * kv_heads)
     launch: Any = _encode_features[grid]
     launch(
         qkv,
@@ -327,9 +334,6 @@ def encode_features(
         positions,
         cos_sin_cache,
         key,
-        orders.words,
-        orders.key,
-        orders.counters,
         len(qkv),
         len(cos_sin_cache),
         HEADS=num_heads,
