@@ -11,9 +11,10 @@ import torch
 from lab.engines import engine, greedy, in_new_process, shut_down
 from lab.root_keys import new_key_file, root_key
 from lab.tiny_models import SHAPE, VOCABULARY
-from scx.audit.capture import Recorder
+from scx.audit.capture import Recorder, record
 from scx.audit.public_model import PublicModel
 from scx.codecs import permutation
+from scx.errors import SCXUnsupportedError
 from tests.kv_caches import TOLERANCE, cached_tokens
 
 LAYERS = (0, 2)
@@ -198,3 +199,22 @@ def test_an_audit_that_cannot_be_is_refused(arguments, message, spoken, tmp_path
     status, said = in_new_process(audit, "--model", str(spoken), *out, *arguments)
     assert status == 1
     assert message in said
+
+
+def refusal(model):
+    """What recording an engine of this model raises, as text."""
+    try:
+        record(str(model), PROMPTS, 1, dtype="float32")
+    except SCXUnsupportedError as error:
+        return str(error)
+
+
+def test_a_model_whose_attention_the_attacks_do_not_know_is_refused_by_name(tiny):
+    qwen3 = tiny("qwen3", "Qwen3ForCausalLM", head_dim=64)
+    env = {"SCX_ENC_LAYERS": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    line = in_new_process(refusal, qwen3, env=env)
+    assert line.startswith(
+        f"--model {str(qwen3)!r}: the attacks calculate what attention"
+    )
+    assert line.endswith("use one of them")
+    assert len(line.splitlines()) == 1

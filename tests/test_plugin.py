@@ -306,10 +306,11 @@ def what_runs_is_refused():
         for each in (layer.q_norm, layer.k_norm):
             type(each).__module__, type(each).forward.__module__ = "vllm.x", "vllm.x"
         layer.qkv_proj = layer.o_proj = layer.attn = nn.Identity()
+        layer.q_size = layer.kv_size = 4
         if norm:
             layer.k_norm = norm
         for name, part in more.items():
-            setattr(layer, name, part)
+            setattr(layer, name, part) if part else delattr(layer, name)
         try:
             _require_stock(found, layer)
         except SCXUnsupportedError as error:
@@ -327,6 +328,7 @@ def what_runs_is_refused():
         "RoPE's method": say(rotary=patched),
         "a norm": say(norm=nn.LayerNorm(4)),
         "another part": say(gate=nn.Identity()),
+        "a part less": say(o_proj=None),
     }
     Qwen3Attention.forward = forward
     return said | {"its method": say()}
@@ -336,6 +338,10 @@ def test_a_layer_that_another_plugin_changed_is_refused_by_name():
     said = in_new_process(what_runs_is_refused)
     assert said.pop("nothing") is said.pop("longrope") is None
     assert "not the class that is encoded" in said.pop("another class of vLLM's")
+    assert said.pop("a part less") == (
+        "Qwen3Attention has no o_proj in this vLLM, on which the encoded attention "
+        "relies: use a version that was run, or unset SCX_ENC_LAYERS"
+    )
     assert said.pop("another part") == (
         "Qwen3Attention has a gate in this vLLM, which the encoded attention would leave "
         "out: use a version that was run, or unset SCX_ENC_LAYERS"

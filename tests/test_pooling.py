@@ -75,7 +75,11 @@ def runs_of(root):
         "hf_overrides": {"architectures": ["Qwen2ForCausalLM"]},
     }
     for name, labels in (("Qwen2ForRewardModel", 1), ("Qwen2ForProcessRewardModel", 2)):
-        made[name] = {"model": save_reward_model(root / name, name, labels)}
+        # Of each token, as the prompts have no tag at the end of a step.
+        made[name] = {
+            "model": save_reward_model(root / name, name, labels),
+            "pooler_config": {"tok_pooling_type": "ALL"},
+        }
     base = tiny_models.save(root / "base", "LlamaModel")
     made["LlamaModel"] = {"model": base, "convert": "embed"}
     # As vLLM's documentation loads the original weights.

@@ -142,6 +142,12 @@ def _require_stock(found: type, attention: SCXAttention) -> None:
     leave out, and what its rotary embedding and norms run must be vLLM's own code. Raises
     SCXUnsupportedError.
     """
+    for name in ("qkv_proj", "o_proj", "attn", "q_size", "kv_size"):
+        if not hasattr(attention, name):
+            raise SCXUnsupportedError(
+                f"{found.__qualname__} has no {name} in this vLLM, on which the encoded "
+                f"attention relies: use a version that was run, or unset {ENC_LAYERS}"
+            )
     runs = [found.forward] if found is type(attention).__bases__[1] else [found]
     parts: list[Any] = [*attention.norms]
     if attention.turns:
