@@ -1,5 +1,6 @@
 """The choice of a secure device, and what each of them is to the rest of the package."""
 
+import dataclasses
 import importlib
 import threading
 
@@ -12,6 +13,7 @@ from scx.codecs.permutation import PermutationCodec
 from scx.devices import watchdog
 from scx.devices.interface import Rank, SecureLayer, Traffic
 from scx.devices.plain import PlainSecureLayer
+from scx.errors import SCXUnsupportedError
 from scx.keys import CODECS, RootKey
 
 DEVICES = {
@@ -39,6 +41,13 @@ RANK = Rank(
     workers=1,
 )
 TABLES = [torch.randn(16, 8), torch.randn(1, 8)]
+
+
+def test_the_accelerator_of_a_rank_is_refused_by_its_number():
+    accelerator = torch.device("cuda:2")
+    rank = dataclasses.replace(RANK, accelerator=accelerator, secure_device=accelerator)
+    with pytest.raises(SCXUnsupportedError, match="is the accelerator of this rank"):
+        PlainSecureLayer.build([], [], rank)
 
 
 def class_of(module):
