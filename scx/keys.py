@@ -30,7 +30,8 @@ SECURE_DEVICE = "SCX_SECURE_DEVICE"
 ENABLE_DEBUG = "SCX_ENABLE_DEBUG"
 KEY_FILE = "SCX_KEY_FILE"
 CODEC = "SCX_CODEC"
-VARIABLES = (ENC_LAYERS, SECURE_DEVICE, ENABLE_DEBUG, CODEC, KEY_FILE)
+HOST_THREADS = "SCX_HOST_THREADS"
+VARIABLES = (ENC_LAYERS, SECURE_DEVICE, ENABLE_DEBUG, CODEC, KEY_FILE, HOST_THREADS)
 
 DEFAULT_CODEC = "permutation"
 CODECS = {
@@ -68,6 +69,8 @@ class SCXConfig:
     """A file with the root key, or None: a root key is drawn in each process."""
     codec: str = DEFAULT_CODEC
     """How features are encoded: one of CODECS."""
+    host_threads: int | None = None
+    """Threads of each rank, if the host serves a GPU; None: as the cores allow."""
 
     @property
     def enabled(self) -> bool:
@@ -191,6 +194,7 @@ def _spelled(config: SCXConfig) -> Iterator[tuple[str, str]]:
     yield ENABLE_DEBUG, str(config.enable_debug).lower()
     yield CODEC, config.codec
     yield KEY_FILE, str(config.key_file or "")
+    yield HOST_THREADS, str(config.host_threads or "")
 
 
 class RootKey:
@@ -270,6 +274,7 @@ def parse_config(environ: Mapping[str, str]) -> SCXConfig:
         enable_debug=_parse_bool(environ.get(ENABLE_DEBUG, "false")),
         key_file=Path(key_file) if key_file else None,
         codec=_parse_codec(environ.get(CODEC, DEFAULT_CODEC)),
+        host_threads=_parse_threads(environ.get(HOST_THREADS, "")),
     )
 
 
@@ -358,6 +363,14 @@ def _parse_codec(text: str) -> str:
     if name not in CODECS:
         _reject(CODEC, text, f"one of {', '.join(CODECS)}")
     return name
+
+
+def _parse_threads(text: str) -> int | None:
+    if not (number := text.strip()):
+        return None
+    if not re.fullmatch("[0-9]{1,3}", number) or int(number) == 0:
+        _reject(HOST_THREADS, text, "a whole number from 1 to 999, or nothing")
+    return int(number)
 
 
 def _parse_bool(text: str) -> bool:

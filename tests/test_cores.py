@@ -1,11 +1,14 @@
 """Cores that are there, against made-up file systems, and how ranks share them."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
 from lab.engines import in_new_process
 from scx.devices import cores
+from scx.keys import SCXConfig
+from scx.plugin.plan import EncodingPlan
 
 V2 = "31 24 0:26 {top} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
 # As systemd mounts version 1, with an optional field, and beside it what is no limit.
@@ -133,3 +136,11 @@ def test_all_ranks_of_this_machine_count():
     counts, servers_alone = in_new_process(count_ranks, settings)
     assert counts == [1, 8, 2, 16, 4]
     assert servers_alone == 8
+
+
+@pytest.mark.parametrize(("by_hand", "workers"), [(None, 5), (2, 2), (40, 40)])
+def test_threads_by_hand_are_those_of_each_rank(by_hand, workers, monkeypatch):
+    monkeypatch.setattr(cores, "usable_cores", lambda: 14)
+    config = SCXConfig((0,), "cpu", False, None, host_threads=by_hand)
+    plan = SimpleNamespace(config=config, record={"ranks_here": 2})
+    assert EncodingPlan.workers.fget(plan) == workers

@@ -52,6 +52,7 @@ def test_all_variables_at_once_are_a_setting_or_one_clear_line(data, key_files):
         "SCX_SECURE_DEVICE": st.sampled_from(DEVICES),
         "SCX_ENABLE_DEBUG": st.sampled_from(["1", "off", "TRUE", " no "]),
         "SCX_KEY_FILE": st.sampled_from(["", *key_files]),
+        "SCX_HOST_THREADS": st.sampled_from(["", "1", " 16"]),
         "SCX_CODEC": st.sampled_from([*CODECS, "Affine", " permutation"]),
     }
     # Rarely is everything right by chance, so most values are likely ones.

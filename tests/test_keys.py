@@ -113,6 +113,10 @@ def test_any_text_is_layers_or_one_clear_line(text):
         ("SCX_ENABLE_DEBUG", "", "one of 1, true"),
         ("SCX_ENABLE_DEBUG", "2", "one of 1, true"),
         ("SCX_CODEC", "rot13", "one of permutation, affine"),
+        ("SCX_HOST_THREADS", "0", "a whole number from 1"),
+        ("SCX_HOST_THREADS", "-2", "a whole number from 1"),
+        ("SCX_HOST_THREADS", "four", "a whole number from 1"),
+        ("SCX_HOST_THREADS", "1000", "a whole number from 1"),
     ],
 )
 def test_malformed_values_name_variable_value_and_what_is_allowed(
@@ -123,6 +127,12 @@ def test_malformed_values_name_variable_value_and_what_is_allowed(
         get_scx_config()
     assert last_line(error).startswith(f"{variable}={value!r}: ")
     assert allowed in last_line(error)
+
+
+@pytest.mark.parametrize(("text", "threads"), [("", None), (" 4 ", 4), ("16", 16)])
+def test_threads_by_hand(text, threads, monkeypatch):
+    monkeypatch.setenv("SCX_HOST_THREADS", text)
+    assert get_scx_config().host_threads == threads
 
 
 @pytest.mark.parametrize("word", ["true", "True", "1", "YES", "on"])
@@ -194,6 +204,7 @@ def test_env_init_refuses_another_setting_than_vllm_read():
         ("SCX_ENABLE_DEBUG", "false", "true"),
         ("SCX_CODEC", "permutation", "affine"),
         ("SCX_KEY_FILE", "", "/keys/other"),
+        ("SCX_HOST_THREADS", "", "4"),
     ],
 )
 def test_a_change_is_refused_by_variable(variable, before, after, monkeypatch):

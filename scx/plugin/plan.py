@@ -114,7 +114,8 @@ class EncodingPlan:
     @property
     def workers(self) -> int:
         """Threads of this rank, if the host is the secure device."""
-        return cores.workers_for(cores.usable_cores(), self.record["ranks_here"])
+        allowed = cores.workers_for(cores.usable_cores(), self.record["ranks_here"])
+        return self.config.host_threads or allowed
 
     def root_key(self) -> RootKey:
         """The root key of the engine's model, as this process has it."""
