@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from scx.commands.arguments import codec, gigabytes, layers, microseconds
+from scx.commands.arguments import codec, file, gigabytes, layers, microseconds, model
 from scx.commands.demo_model import Architecture
 from scx.commands.estimate import H100
 from scx.errors import SCXError
@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check", help="check that this machine can run encoded, in about a minute"
     )
-    check.add_argument("--model", help="folder or hub name of the model to be served")
+    check.add_argument(
+        "--model", type=model, help="folder or hub name of the model to be served"
+    )
 
     estimate = commands.add_parser("estimate", help="estimate what encoding would cost")
     estimate.add_argument(
@@ -63,12 +65,14 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     audit = commands.add_parser("audit", help="measure what the accelerator can recover")
-    audit.add_argument("--model", required=True, help="folder or hub name of a model")
+    audit.add_argument(
+        "--model", type=model, required=True, help="folder or hub name of a model"
+    )
     audit.add_argument(
         "--layers", type=layers, default="0", help="as in SCX_ENC_LAYERS (default: 0)"
     )
     audit.add_argument("--codec", type=codec, help="overrides SCX_CODEC")
-    audit.add_argument("--prompts", type=Path, help="file with one prompt per line")
+    audit.add_argument("--prompts", type=file, help="file with one prompt per line")
     audit.add_argument(
         "--adversary",
         choices=["A1", "A2", "A3", "all"],

@@ -112,12 +112,6 @@ def test_a_rotary_embedding_that_is_not_encoded(tmp_path):
     assert "max_model_len=2048 goes beyond the rotary table" in line
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    passed, line = in_new_process(line_of_model, tmp_path / "gone")
-    assert not passed
-    assert line == f"FAIL  model: --model {tmp_path / 'gone'}: there is no such folder\n"
-
-
 def test_everything_is_reported_at_once(tmp_path):
     status, lines = checked(
         "--model", tmp_path, SCX_ENC_LAYERS="x", VLLM_PLUGINS="another"

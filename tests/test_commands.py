@@ -38,6 +38,10 @@ def test_light_commands_load_neither_torch_nor_vllm(command, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["check", "--model", "/nope"], "argument --model: there is no folder /nope"),
+        (["audit", "--model", "./nope"], "argument --model: there is no folder ./nope"),
+        (["audit", "--model", "m", "--prompts", "/x"], "argument --prompts: there is no"),
+        (["estimate", "--bus", "abc"], "argument --bus: 'abc': a number above 0 is"),
         (["estimate", "--model", "m", "--layers", "x"], "argument --layers: SCX_ENC_LAY"),
         (["estimate", "--model", "m", "--layers", ""], "argument --layers: name one lay"),
         (["audit", "--model", "m", "--layers", " "], "argument --layers: name one layer"),

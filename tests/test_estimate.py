@@ -172,3 +172,11 @@ def test_figures_of_a_machine_that_cannot_be(option, tmp_path, capsys):
         main(["estimate", "--model", str(tmp_path), "--layers", "0", option])
     assert stop.value.code == 2
     assert "is allowed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "OPTForCausalLM"])
+def test_a_model_that_may_not_be_encoded_is_named(architecture, tmp_path, capsys):
+    folder = tiny_models.save_config(tmp_path / "m", architecture, "llama")
+    assert main(["estimate", "--model", str(folder), "--layers", "0"]) == 0
+    named = f"{architecture} may not be encoded" in capsys.readouterr().out
+    assert named == (architecture == "OPTForCausalLM")

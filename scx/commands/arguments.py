@@ -2,22 +2,37 @@
 
 import argparse
 import math
+from pathlib import Path
 
 from scx.errors import SCXConfigError
 
 
 def gigabytes(text: str) -> float:
     """An argument in GB, in bytes. Raises ArgumentTypeError."""
-    if not 0 < (value := float(text)) < math.inf:
+    if not 0 < (value := _number(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 is allowed")
     return value * 1e9
 
 
 def microseconds(text: str) -> float:
     """An argument in microseconds, in seconds. Raises ArgumentTypeError."""
-    if not 0 <= (value := float(text)) < math.inf:
+    if not 0 <= (value := _number(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: 0 or a larger number is allowed")
     return value * 1e-6
+
+
+def model(text: str) -> str:
+    """A folder, or the name of a model on a hub, which is not looked up."""
+    if text.startswith(("/", ".", "~")) and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+    return text
+
+
+def file(text: str) -> Path:
+    """A file that exists."""
+    if not (path := Path(text)).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return path
 
 
 def layers(text: str) -> str:
@@ -32,6 +47,14 @@ def codec(text: str) -> str:
     """A name that SCX_CODEC may have."""
     _require(SCX_CODEC=text)
     return text
+
+
+def _number(text: str) -> float:
+    """NaN for what is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _require(**variables: str) -> None:

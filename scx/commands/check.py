@@ -151,8 +151,6 @@ def _model(model: str) -> str:
 
     if obstacle := keys.plugin_obstacle():
         raise SCXError(obstacle)
-    if model.startswith(("/", ".", "~")) and not os.path.isdir(model):
-        raise SCXError(f"--model {model}: there is no such folder")
     vllm_config = EngineArgs(model=model).create_engine_config()
     layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     plan = EncodingPlan.read(vllm_config)

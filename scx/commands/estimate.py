@@ -37,8 +37,10 @@ def run(options: argparse.Namespace) -> bool:
     shape = Shape.read(options.model, options.tensor_parallel_size)
     config = keys.parse_config({keys.ENC_LAYERS: options.layers})
     layers = len(config.layers_of(shape.num_layers))
-    print(f"{layers} of {shape.num_layers} layers encoded, on each rank:")
+    print(f"{layers} of {shape.num_layers} layers encoded by permutation, on each rank:")
     print("\n".join(table(shape, layers, machine)))
+    for name in _unknown(_read_config(options.model).get("architectures")):
+        print(f"{name} may not be encoded: scx check --model says whether it is")
     return True
 
 
@@ -118,6 +120,16 @@ class Shape:
         query = self.num_heads * self.head_dim
         projection = query + 2 * self.num_kv_heads * self.head_dim
         return (self.hidden_size + projection + query) * self.element_size
+
+
+def _unknown(architectures: Any) -> list[str]:
+    """Those of some architectures that have no row of their own; vLLM has other names for
+    some that do."""
+    from scx.plugin.architectures import ARCHITECTURES
+
+    known = {each.name for each in ARCHITECTURES}
+    names = architectures if isinstance(architectures, list) else []
+    return [str(name) for name in names if name not in known]
 
 
 def _read_config(model: Path) -> dict[str, Any]:
