@@ -290,6 +290,7 @@ def test_other_implementations_of_models_are_refused_by_name(model_impl):
         "Qwen3VLForConditionalGeneration",
         "Qwen3VLForSequenceClassification",
         "NotInTheRegistryForCausalLM",
+        "PhiMoEForCausalLM",
     ],
 )
 def test_models_around_an_encoded_one_are_refused_by_name(architecture):
@@ -299,6 +300,24 @@ def test_models_around_an_encoded_one_are_refused_by_name(architecture):
         f"{architecture} is not encoded: use one of "
         f"{', '.join(encoded_architectures())}, or unset SCX_ENC_LAYERS"
     )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fact", "why"),
+    [
+        ("Olmo2ForCausalLM", "", "vLLM runs it in classes of transformers"),
+        ("SeedOssForCausalLM", "", "vLLM runs it in classes of transformers"),
+        ("Starcoder2ForCausalLM", "", "vLLM runs it in classes of transformers"),
+        ("DeepseekV3ForCausalLM", "use_mla", "its cache holds latents, from which"),
+        ("MambaForCausalLM", "is_attention_free", "its layers have states in place"),
+        ("JambaForCausalLM", "is_hybrid", "some of its layers have states in place"),
+    ],
+)
+def test_other_seams_are_refused_by_name_with_the_reason(architecture, fact, why):
+    model_config = described(architecture)
+    setattr(model_config, fact or "use_mla", bool(fact))
+    (obstacle,) = model_obstacles(model_config)
+    assert obstacle.startswith(f"{architecture} is not encoded, as {why}")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,12 @@ _QUANTIZATIONS = (
 )
 """Weight formats that quantise activations per token or with one scale, so shuffled rows
 do not matter."""
+_OTHER_SEAMS = {
+    "use_mla": "its cache holds latents, from which keys and values are made (MLA)",
+    "is_attention_free": "its layers have states in place of keys and values",
+    "is_hybrid": "some of its layers have states in place of keys and values",
+}
+"""What a ModelConfig says of models with another kind of attention, or without any."""
 _PLAIN_CACHES = ("auto", "float16", "bfloat16")
 _SCALED_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_per_token_head")
 """Types of the KV cache that have one scale per tensor, or per token and head, so they
@@ -60,8 +66,13 @@ def model_obstacles(model_config: "ModelConfig") -> Iterator[str]:
     if architecture_of(model_config) is None:
         architecture, path = resolve(model_config)
         if not path or path.startswith("vllm."):
+            seams = _OTHER_SEAMS.items()
+            why = [text for name, text in seams if getattr(model_config, name, False)]
+            if ".transformers" in path:
+                why.append("vLLM runs it in classes of transformers")
+            reason = "".join(f", as {each}" for each in why)
             yield (
-                f"{architecture} is not encoded: use one of "
+                f"{architecture} is not encoded{reason}: use one of "
                 f"{', '.join(encoded_architectures())}, or unset {ENC_LAYERS}"
             )
         else:
