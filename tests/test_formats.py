@@ -36,10 +36,11 @@ def test_int8_weights_and_activations(tiny_llama, tmp_path):
     assert error > 1e-2, "not quantised"
     # Each token's activations have their own scale, whatever its row, so the levels are
     # the native ones, but where bfloat16 rounds a sum in another order otherwise: that
-    # moves few of them, and to the next level.
+    # alone moves the unquantised model by a seventh of what int8 costs, and int8 to the
+    # next level by a quarter. Scales of other rows would cost int8's error at least.
     between = differences(encoded[1], native[1])
     assert len(between) > 5 * 16 * len(PROMPTS) / 4
-    assert statistics.mean(between) < error / 10
+    assert statistics.mean(between) < error / 2
 
 
 @pytest.mark.slow
