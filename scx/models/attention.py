@@ -163,3 +163,14 @@ class SCXAttention(nn.Module):
             seconds * 1e3,
             self.key_fingerprint,
         )
+
+
+class SCXNormedAttention(SCXAttention):
+    """The same where the stock attention always norms queries and keys."""
+
+    q_norm: Any
+    k_norm: Any
+
+    @property
+    def norms(self) -> tuple[nn.Module, ...]:
+        return self.q_norm, self.k_norm

@@ -1,18 +1,13 @@
 """EXAONE 4 with encoded attention in chosen layers."""
 
-from torch import nn
 from vllm.model_executor.models.exaone4 import Exaone4Attention, Exaone4ForCausalLM
 
-from scx.models.attention import SCXAttention
+from scx.models.attention import SCXNormedAttention
 from scx.models.base import SCXForCausalLM
 
 
-class Exaone4SCXAttention(SCXAttention, Exaone4Attention):
+class Exaone4SCXAttention(SCXNormedAttention, Exaone4Attention):
     """Exaone4Attention with the encoded forward pass."""
-
-    @property
-    def norms(self) -> tuple[nn.Module, ...]:
-        return self.q_norm, self.k_norm
 
     @property
     def turns(self) -> bool:

@@ -1,19 +1,14 @@
 """MiniMax-M2 with encoded attention in chosen layers."""
 
 import torch
-from torch import nn
 from vllm.model_executor.models.minimax_m2 import MiniMaxM2Attention, MiniMaxM2ForCausalLM
 
-from scx.models.attention import SCXAttention
+from scx.models.attention import SCXNormedAttention
 from scx.models.base import SCXForCausalLM
 
 
-class MiniMaxM2SCXAttention(SCXAttention, MiniMaxM2Attention):
+class MiniMaxM2SCXAttention(SCXNormedAttention, MiniMaxM2Attention):
     """MiniMaxM2Attention with the encoded forward pass."""
-
-    @property
-    def norms(self) -> tuple[nn.Module, ...]:
-        return self.q_norm, self.k_norm
 
     def norm(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.q_norm.forward_qk(self.q_norm, self.k_norm, q, k)

@@ -1,18 +1,13 @@
 """Qwen3-MoE with encoded attention in chosen layers."""
 
-from torch import nn
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeAttention, Qwen3MoeForCausalLM
 
-from scx.models.attention import SCXAttention
+from scx.models.attention import SCXNormedAttention
 from scx.models.base import SCXForCausalLM
 
 
-class Qwen3MoeSCXAttention(SCXAttention, Qwen3MoeAttention):
+class Qwen3MoeSCXAttention(SCXNormedAttention, Qwen3MoeAttention):
     """Qwen3MoeAttention with the encoded forward pass."""
-
-    @property
-    def norms(self) -> tuple[nn.Module, ...]:
-        return self.q_norm, self.k_norm
 
 
 class Qwen3MoeSCXForCausalLM(SCXForCausalLM, Qwen3MoeForCausalLM):

@@ -1,18 +1,13 @@
 """Qwen3 with encoded attention in chosen layers."""
 
-from torch import nn
 from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
 
-from scx.models.attention import SCXAttention
+from scx.models.attention import SCXNormedAttention
 from scx.models.base import SCXForCausalLM
 
 
-class Qwen3SCXAttention(SCXAttention, Qwen3Attention):
+class Qwen3SCXAttention(SCXNormedAttention, Qwen3Attention):
     """Qwen3Attention with the encoded forward pass."""
-
-    @property
-    def norms(self) -> tuple[nn.Module, ...]:
-        return self.q_norm, self.k_norm
 
 
 class Qwen3SCXForCausalLM(SCXForCausalLM, Qwen3ForCausalLM):
