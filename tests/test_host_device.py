@@ -5,6 +5,7 @@ and positions, raise the flags, wait for the answer. The kernel
 itself is tested in test_gpu.py.
 """
 
+import itertools
 import logging
 import time
 
@@ -41,14 +42,16 @@ from scx.kernels.protocol import (
     LIMIT,
     MAX_CHUNK_ROWS,
     ROWS_BITS,
+    SLOTS,
     chunk_rows_of,
     group_of,
     require_within_limits,
+    staging_rows,
 )
 from scx.keys import RootKey
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 24, 4, 2, 8
-MAX_TOKENS = 2 * GROUP_ROWS + 100
+MAX_TOKENS = (SLOTS + 2) * GROUP_ROWS - 100
 
 
 class StandIn:
@@ -63,19 +66,37 @@ class StandIn:
         box.ready[0] = self.turn
 
     def exchange(self, rows, hop, positions=None):
-        box, tokens = self.host.mailbox, len(rows)
-        flags = slice(0, -(-tokens // chunk_rows_of(tokens)) * FLAG_STRIDE, FLAG_STRIDE)
-        box.outbox.fill_(float("nan"))
-        box.inbox[: rows.numel()] = rows.flatten()
-        if positions is not None:
-            box.positions[:tokens] = positions
-        box.ready[flags][1:] = self.turn + 1
-        self.ring(hop, tokens)
-        deadline = time.monotonic() + 20
+        """The groups of a step, as many at a time as the staging memory holds."""
+        box, (tokens, width) = self.host.mailbox, rows.shape
+        chunk_rows, answers, on_their_way = chunk_rows_of(tokens), [], []
+        groups = sorted({group_of(row, tokens) for row in range(tokens)})
+        for begin, end, place in groups:
+            if len(on_their_way) == SLOTS:
+                answers.append(self.receive(*on_their_way.pop(0)))
+            box.outbox[place * width : (place + end - begin) * width] = float("nan")
+            box.inbox[place * width : (place + end - begin) * width] = rows[
+                begin:end
+            ].flatten()
+            if positions is not None:
+                box.positions[place : place + end - begin] = positions[begin:end]
+            first, last = begin // chunk_rows, -(-end // chunk_rows)
+            flags = slice(first * FLAG_STRIDE, last * FLAG_STRIDE, FLAG_STRIDE)
+            if begin == 0:
+                box.ready[flags][1:] = self.turn + 1
+                self.ring(hop, tokens)
+            else:
+                box.ready[flags] = self.turn
+            on_their_way.append((flags, place, end - begin, width))
+        answers += [self.receive(*group) for group in on_their_way]
+        return torch.cat(answers)
+
+    def receive(self, flags, place, rows, width):
+        box, deadline = self.host.mailbox, time.monotonic() + 20
         while not (box.done[flags] == self.turn).all():
             assert time.monotonic() < deadline, "the workers did not answer"
             assert not (box.done == FORSAKEN).any(), self.host.workers.failure
-        return box.outbox[: rows.numel()].reshape(rows.shape).clone()
+        answers = box.outbox[place * width : (place + rows) * width]
+        return answers.reshape(rows, width).clone()
 
 
 @pytest.fixture
@@ -278,18 +299,23 @@ def test_groups_are_of_one_size(tokens):
     chunks = -(-tokens // 32)
     groups = set()
     for chunk in {*range(min(chunks, 700)), chunks - 1}:
-        begin, end = group_of(32 * chunk, tokens)
+        begin, end, place = group_of(32 * chunk, tokens)
         assert begin <= 32 * chunk < end <= tokens
-        assert group_of(min(32 * chunk + 31, tokens - 1), tokens) == (begin, end)
+        assert group_of(min(32 * chunk + 31, tokens - 1), tokens) == (begin, end, place)
         assert begin % 32 == 0
-        # Whole chunks, hence up to two chunks' rows less or more.
+        assert end - begin <= GROUP_ROWS
+        # The last chunk may be a single row.
         if tokens > GROUP_ROWS:
-            assert 3 * GROUP_ROWS // 4 - 64 < end - begin < 3 * GROUP_ROWS // 2 + 64
-        groups.add((begin, end))
-    # One begins where another ends, as far as all of them were seen.
-    begins = {begin for begin, _ in groups} - {0}
+            assert end - begin > GROUP_ROWS // 2 - 32
+        groups.add((begin, end, place))
+    # One begins where another ends, and takes the next place.
     if chunks <= 700:
-        assert {end for _, end in groups} == begins | {tokens}
+        begins, ends, places = zip(*sorted(groups), strict=True)
+        assert begins == (0, *ends[:-1])
+        assert ends[-1] == tokens
+        slots = itertools.cycle(range(0, SLOTS * GROUP_ROWS, GROUP_ROWS))
+        assert list(places) == [next(slots) for _ in places]
+        assert max(places) + GROUP_ROWS <= staging_rows(tokens) or tokens < GROUP_ROWS
 
 
 def test_the_last_rows_of_a_long_step_move(device):
@@ -301,7 +327,7 @@ def test_the_last_rows_of_a_long_step_move(device):
     for _ in range(3):
         rows = accelerator.exchange(hidden, ENCODE_ROWS)
         places.add(int(rows[:, 0].argmax()))
-    # Each of them is the last place with a chance of 1 / 2,049.
+    # The second group has 513 rows, so each is the last with a chance of 1 / 513.
     assert places != {GROUP_ROWS}
 
 
@@ -401,9 +427,9 @@ def helped(monkeypatch):
 
     @numba.njit
     def decode(src, dst, key, first, last):
-        while first == 0 and load_acquire(there) == 0:
+        while src[first, 0] == 1 and load_acquire(there) == 0:
             spin(1000)
-        if first == MAX_CHUNK_ROWS:
+        if src[first, 0] == 2:
             store_release(there, 1)
             while load_acquire(way_out) == 0:
                 spin(1000)
@@ -417,9 +443,12 @@ def helped(monkeypatch):
     monkeypatch.setattr(host_worker, "host_kernels", planted)
     for name in ("_leading", "_chunk_server", "worker_loop"):
         monkeypatch.setattr(host_worker, name, getattr(host_worker, name).__wrapped__)
-    host = small_host(max_tokens=4096)
+    tokens = SLOTS * GROUP_ROWS
+    host = small_host(max_tokens=tokens)
+    rows = host.mailbox.inbox.view(torch.int16)[: 8 * tokens].reshape(tokens, 8)
+    rows[:MAX_CHUNK_ROWS], rows[MAX_CHUNK_ROWS : 2 * MAX_CHUNK_ROWS] = 1, 2
     host.mailbox.ready[FLAG_STRIDE::FLAG_STRIDE] = 1
-    StandIn(host).ring(DECODE_FEATURES, 4096)
+    StandIn(host).ring(DECODE_FEATURES, tokens)
     until(lambda: gates[0] == 1)
     yield host, gates
     gates[1] = 1

@@ -42,7 +42,12 @@ from scx.kernels.host.memory import (
 from scx.kernels.host.table import host_kernels
 from scx.kernels.host.waiting import new_semaphores, wake_all
 from scx.kernels.mailbox import Mailbox
-from scx.kernels.protocol import FLAG_STRIDE, FORSAKEN, require_within_limits
+from scx.kernels.protocol import (
+    FLAG_STRIDE,
+    FORSAKEN,
+    progress_words,
+    require_within_limits,
+)
 
 CLOSING_SECONDS = 10.0
 """How long closing a HostDevice waits for its workers at most."""
@@ -146,7 +151,9 @@ class HostDevice:
         self.features = [each.to(self.device) for each in features]
         self.mailbox = Mailbox.allocate(rank.max_tokens, max(widths.values()), rank.dtype)
         self.sequence = torch.zeros(1, dtype=torch.int64, device=rank.accelerator)
-        self.arrivals = torch.zeros(1, dtype=torch.int32, device=rank.accelerator)
+        self.progress = torch.zeros(
+            progress_words(rank.max_tokens), dtype=torch.int32, device=rank.accelerator
+        )
         self.counters = np.zeros((len(slots), 5), np.int64)
 
         kernels = features[0].host_kernels
@@ -209,7 +216,7 @@ class HostDevice:
         if target is None:
             target = torch.empty_like(source)
         exchange(
-            source, target, positions, self.mailbox, self.sequence, self.arrivals, hop
+            source, target, positions, self.mailbox, self.sequence, self.progress, hop
         )
         return target
 

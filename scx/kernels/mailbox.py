@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scx.kernels.protocol import CHUNKS, FLAG_STRIDE, MAX_CHUNK_ROWS
+from scx.kernels.protocol import CHUNKS, FLAG_STRIDE, MAX_CHUNK_ROWS, staging_rows
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Mailbox:
     outbox: torch.Tensor
     """Rows for the accelerator, flat."""
     positions: torch.Tensor
-    """int64, one per row."""
+    """int64, one per row of the inbox."""
     ready: torch.Tensor
     """int64, one cache line per chunk: the turn in which the chunk was sent."""
     done: torch.Tensor
@@ -28,6 +28,7 @@ class Mailbox:
     def allocate(cls, max_tokens: int, max_width: int, dtype: torch.dtype) -> "Mailbox":
         """For steps of at most `max_tokens` rows of `max_width` elements. Flags are 0."""
         chunks = max_tokens // MAX_CHUNK_ROWS + 2 * CHUNKS
+        rows = staging_rows(max_tokens)
 
         def zeros(count: int, kind: torch.dtype) -> torch.Tensor:
             # The device is named because vLLM builds models under a default device.
@@ -35,9 +36,9 @@ class Mailbox:
             return torch.zeros(count, dtype=kind, device="cpu", pin_memory=pinned)
 
         return cls(
-            inbox=zeros(max_tokens * max_width, dtype),
-            outbox=zeros(max_tokens * max_width, dtype),
-            positions=zeros(max_tokens, torch.int64),
+            inbox=zeros(rows * max_width, dtype),
+            outbox=zeros(rows * max_width, dtype),
+            positions=zeros(rows, torch.int64),
             ready=zeros(chunks * FLAG_STRIDE, torch.int64),
             done=zeros(chunks * FLAG_STRIDE, torch.int64),
             request=zeros(1, torch.int64),

@@ -10,7 +10,8 @@ The rows are cut into chunks. Half of the programs send chunks in order and half
 them, so that some rows leave while others arrive. There are few programs: if all chunks
 were sent at once, all would reach the host at once, at the end. Memory shared with the
 host is written before a release store and read after an acquire load, both of system
-scope.
+scope. A step that is longer than that memory sends a group's rows when the answers of the
+group that lay there before have been received.
 """
 
 from typing import Any
@@ -21,10 +22,14 @@ import triton.language as tl
 
 from scx.kernels.mailbox import Mailbox
 from scx.kernels.protocol import (
+    COUNTERS,
     FLAG_STRIDE,
     FORSAKEN,
+    GROUP_CHUNKS,
+    GROUP_ROWS,
     MAX_CHUNK_ROWS,
     ROWS_BITS,
+    SLOTS,
     chunk_rows_of,
 )
 
@@ -38,6 +43,10 @@ _ROWS_BITS = tl.constexpr(ROWS_BITS)
 _FORSAKEN = tl.constexpr(FORSAKEN)
 _BLOCK = tl.constexpr(8192)
 _CHUNK_ROWS = tl.constexpr(MAX_CHUNK_ROWS)
+_GROUP_CHUNKS = tl.constexpr(GROUP_CHUNKS)
+_GROUP_ROWS = tl.constexpr(GROUP_ROWS)
+_SLOTS = tl.constexpr(SLOTS)
+_COUNTERS = tl.constexpr(COUNTERS)
 _WARPS = 8
 # The most programs that send. As many receive.
 _LANES = 32
@@ -100,6 +109,32 @@ def _await_flag(pointer, value, limit):
     tl.debug_barrier()
 
 
+@triton.jit
+def _groups_of(num_tokens):
+    """Groups, and chunks of _CHUNK_ROWS, of a step: see protocol.group_of."""
+    chunks = tl.cdiv(tl.cast(num_tokens, tl.int64), _CHUNK_ROWS)
+    return tl.cdiv(chunks, _GROUP_CHUNKS), chunks
+
+
+@triton.jit
+def _group_of(first, num_tokens):
+    """The group of row `first`, and where in the staging memory that row lies."""
+    groups, chunks = _groups_of(num_tokens)
+    group = ((first // _CHUNK_ROWS + 1) * groups - 1) // chunks
+    begin = group * chunks // groups * _CHUNK_ROWS
+    return group, group % _SLOTS * _GROUP_ROWS + first - begin
+
+
+@triton.jit
+def _await_place(received, group, num_tokens):
+    """Wait until all answers of the group whose place `group` takes were received."""
+    groups, chunks = _groups_of(num_tokens)
+    before = group - _SLOTS
+    size = (before + 1) * chunks // groups - before * chunks // groups
+    while tl.atomic_add(received + before, 0) < size:
+        pass
+
+
 @triton.jit(do_not_specialize=["num_tokens", "chunk_rows", "hop", "limit"])
 def _exchange(
     source,
@@ -112,7 +147,7 @@ def _exchange(
     done,
     request,
     sequence,
-    arrivals,
+    progress,
     num_tokens,
     chunk_rows,
     hop,
@@ -124,36 +159,49 @@ def _exchange(
     lanes = tl.num_programs(0) // 2
     turn = tl.load(sequence) + 1
     chunks = tl.cdiv(num_tokens, chunk_rows)
+    groups, _ = _groups_of(num_tokens)
+    received = progress + 1
     if program < lanes:
         for chunk in range(program, chunks, lanes):
             first = tl.cast(chunk, tl.int64) * chunk_rows
-            last = tl.minimum(first + chunk_rows, num_tokens)
-            for start in range(first * WIDTH, last * WIDTH, _BLOCK):
+            rows = tl.minimum(num_tokens - first, chunk_rows)
+            group, place = _group_of(first, num_tokens)
+            if group >= _SLOTS:
+                _await_place(received, group, num_tokens)
+            for start in range(0, rows * WIDTH, _BLOCK):
                 column = start + tl.arange(0, _BLOCK)
-                inside = column < last * WIDTH
-                tl.store(inbox + column, tl.load(source + column, inside), inside)
+                inside = column < rows * WIDTH
+                sent = tl.load(source + first * WIDTH + column, inside)
+                tl.store(inbox + place * WIDTH + column, sent, inside)
             if WITH_POSITIONS:
-                row = first + tl.arange(0, _CHUNK_ROWS)
-                inside = row < last
-                tl.store(inbox_positions + row, tl.load(positions + row, inside), inside)
+                row = tl.arange(0, _CHUNK_ROWS)
+                sent = tl.load(positions + first + row, row < rows)
+                tl.store(inbox_positions + place + row, sent, row < rows)
             if chunk == 0:
                 tl.store(request, (tl.cast(hop, tl.int64) << _ROWS_BITS) | num_tokens)
             _raise_flag(ready + chunk * _FLAG_STRIDE, turn)
     else:
         for chunk in range(program - lanes, chunks, lanes):
             first = tl.cast(chunk, tl.int64) * chunk_rows
-            last = tl.minimum(first + chunk_rows, num_tokens)
+            rows = tl.minimum(num_tokens - first, chunk_rows)
+            group, place = _group_of(first, num_tokens)
             _await_flag(done + chunk * _FLAG_STRIDE, turn, limit)
-            for start in range(first * WIDTH, last * WIDTH, _BLOCK):
+            for start in range(0, rows * WIDTH, _BLOCK):
                 column = start + tl.arange(0, _BLOCK)
-                inside = column < last * WIDTH
+                inside = column < rows * WIDTH
                 # Bypass the caches: the host wrote this while the kernel ran.
-                rows = tl.load(outbox + column, inside, cache_modifier=".cv")
-                tl.store(target + column, rows, inside)
+                answer = outbox + place * WIDTH + column
+                came = tl.load(answer, inside, cache_modifier=".cv")
+                tl.store(target + first * WIDTH + column, came, inside)
+            if groups > _SLOTS:
+                tl.debug_barrier()
+                tl.atomic_add(received + group, 1)
     tl.debug_barrier()
     # The last program to arrive advances the turn, before the next kernel starts.
-    if tl.atomic_add(arrivals, 1) == 2 * lanes - 1:
-        tl.store(arrivals, 0)
+    if tl.atomic_add(progress, 1) == 2 * lanes - 1:
+        for start in range(0, groups, _COUNTERS):
+            tl.store(received + start + tl.arange(0, _COUNTERS), 0)
+        tl.store(progress, 0)
         tl.store(sequence, turn)
 
 
@@ -163,7 +211,7 @@ def exchange(
     positions: torch.Tensor | None,
     mailbox: Mailbox,
     sequence: torch.Tensor,
-    arrivals: torch.Tensor,
+    progress: torch.Tensor,
     hop: int,
 ) -> None:
     """Send the rows of `source` (T, W) to the host and receive `target` (T, W).
@@ -171,8 +219,9 @@ def exchange(
     Both must be contiguous, of the mailbox's dtype, and on the accelerator, as is
     `positions`, int64 (T,) or None. They are addressed without strides, and nothing is
     checked. `target` may be any memory that does not overlap `source`. `sequence`, int64
-    (1,), and `arrivals`, int32 (1,), belong to the accelerator and start at 0. `hop` is
-    the index of the trip in the host's table. Runs on the current stream, asynchronously.
+    (1,), and `progress`, int32 (progress_words,), belong to the accelerator and start
+    at 0. `hop` is the index of the trip in the host's table. Runs on the current stream,
+    asynchronously.
     """
     num_tokens, width = source.shape
     if num_tokens == 0:
@@ -191,7 +240,7 @@ def exchange(
         mailbox.done,
         mailbox.request,
         sequence,
-        arrivals,
+        progress,
         num_tokens,
         chunk_rows,
         hop,

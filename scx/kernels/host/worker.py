@@ -7,7 +7,7 @@ for the rows that the chunk needs, encodes or decodes it, and raises its flag. S
 that loses its core delays only one chunk. Workers hold no lock and not the GIL. How they
 share memory is in `scx.kernels.host.memory`, how they wait in `scx.kernels.host.waiting`.
 
-Rows are shuffled within groups of about GROUP_ROWS, so that the first rows of a long
+Rows are shuffled within groups of at most GROUP_ROWS, so that the first rows of a long
 prefill can go back before the last have arrived. Every worker turns the same words into
 the same permutation. Each word is used once: a step that is abandoned takes its words
 with it. The words of a layer's next step are drawn while the accelerator is busy
@@ -96,17 +96,14 @@ class _Trip(NamedTuple):
     layer: int
     tokens: int
     chunk_rows: int
-    source: np.ndarray
-    """(tokens, width): the inbox."""
-    target: np.ndarray
-    """(tokens, width): the outbox."""
+    width: int
 
 
 class _Order(NamedTuple):
     """A worker's own copy of the row order of one group."""
 
     pi: np.ndarray
-    """int32 (2 GROUP_ROWS,)"""
+    """int32 (GROUP_ROWS,)"""
     rank: np.ndarray
     """Its inverse."""
     begin: np.ndarray
@@ -128,18 +125,16 @@ def _claim(own, turn):
 
 
 @inlined
-def _read_trip(shared, own, turn):
+def _read_trip(own, turn):
     """The trip that worker 0 announced."""
     hop, tokens = own.hops[own.trip[TRIP_HOP]], own.trip[TRIP_TOKENS]
-    shape, size = (tokens, hop[HOP_WIDTH]), tokens * hop[HOP_WIDTH]
     return _Trip(
         turn,
         hop[HOP_KIND],
         hop[HOP_LAYER],
         tokens,
         _chunk_rows_of(tokens),
-        shared.inbox[:size].reshape(shape),
-        shared.outbox[:size].reshape(shape),
+        hop[HOP_WIDTH],
     )
 
 
@@ -205,8 +200,7 @@ def _leading(dtype: torch.dtype, features: str) -> tuple[Callable, Callable]:
 
 @functools.cache
 def _chunk_server(dtype: torch.dtype, features: str) -> Callable:
-    """A compiled function that serves one chunk of a trip, with one handler per kind of
-    hop. A handler answers rows [first, last), or says why it does not."""
+    """A compiled function that serves one chunk of a trip."""
     kernels = host_kernels(dtype, features)
     shuffle, draw_permutation = kernels.encode_rows, kernels.draw_permutation
     encode, decode = kernels.encode_features, kernels.decode_features
@@ -222,56 +216,47 @@ def _chunk_server(dtype: torch.dtype, features: str) -> Callable:
         return wait_for_rows(shared, own, begin // trip.chunk_rows, chunks, trip.turn)
 
     @inlined
-    def encode_rows(shared, own, trip, order, first, last):
-        begin, end = _group_of(first, trip.tokens)
-        status = wait_for_group(shared, own, trip, order, begin, end)
-        if status == OK:
-            source, target = trip.source[begin:end], trip.target[begin:end]
-            shuffle(source, target, order.pi, first - begin, last - begin)
-        return status
-
-    @inlined
-    def encode_features(shared, own, trip, order, first, last):
-        begin, end = _group_of(first, trip.tokens)
-        status = wait_for_group(shared, own, trip, order, begin, end)
-        if status == OK:
-            table = own.rotary_rows[trip.layer]
-            encode(
-                trip.source[begin:end],
-                trip.target[begin:end],
-                order.rank,
-                shared.positions[begin:end],
-                own.cos_sin[table[0] : table[1]],
-                own.encoding_keys[trip.layer],
-                own.num_heads,
-                own.is_neox_style,
-                first - begin,
-                last - begin,
-            )
-        return status
-
-    @inlined
-    def decode_features(shared, own, trip, chunk, first, last):
-        status = wait_for_rows(shared, own, chunk, chunk + 1, trip.turn)
-        if status == OK:
-            key = own.decoding_keys[trip.layer]
-            decode(trip.source, trip.target, key, first, last)
-        return status
+    def staged(box, place, rows, trip):
+        """A group's rows (rows, width), which begin at row `place`."""
+        return box[place * trip.width : (place + rows) * trip.width].reshape(
+            (rows, trip.width)
+        )
 
     @inlined
     def serve_chunk(shared, own, trip, order, chunk):
         """Answer a chunk and raise its flag: OK, or why it is not answered."""
         first = chunk * trip.chunk_rows
         last = min(first + trip.chunk_rows, trip.tokens)
-        if trip.kind == ENCODE_ROWS:
-            status = encode_rows(shared, own, trip, order, first, last)
-        elif trip.kind == ENCODE_FEATURES:
-            status = encode_features(shared, own, trip, order, first, last)
+        begin, end, place = _group_of(first, trip.tokens)
+        if trip.kind == DECODE_FEATURES:
+            status = wait_for_rows(shared, own, chunk, chunk + 1, trip.turn)
         else:
-            status = decode_features(shared, own, trip, chunk, first, last)
-        if status == OK:
-            store_release(address(shared.done, FLAG_STRIDE * chunk), trip.turn)
-        return status
+            status = wait_for_group(shared, own, trip, order, begin, end)
+        if status != OK:
+            return status
+        source = staged(shared.inbox, place, end - begin, trip)
+        target = staged(shared.outbox, place, end - begin, trip)
+        first, last = first - begin, last - begin
+        if trip.kind == ENCODE_ROWS:
+            shuffle(source, target, order.pi, first, last)
+        elif trip.kind == ENCODE_FEATURES:
+            table = own.rotary_rows[trip.layer]
+            encode(
+                source,
+                target,
+                order.rank,
+                shared.positions[place : place + end - begin],
+                own.cos_sin[table[0] : table[1]],
+                own.encoding_keys[trip.layer],
+                own.num_heads,
+                own.is_neox_style,
+                first,
+                last,
+            )
+        else:
+            decode(source, target, own.decoding_keys[trip.layer], first, last)
+        store_release(address(shared.done, FLAG_STRIDE * chunk), trip.turn)
+        return OK
 
     return serve_chunk
 
@@ -294,7 +279,7 @@ def worker_loop(dtype: torch.dtype, features: str) -> Any:
         control, leads = own.control, worker == 0
         flag = address(shared.ready, 0)
         own_served = address(own.served, FLAG_STRIDE * worker)
-        pi = np.empty(2 * GROUP_ROWS, np.int32)
+        pi = np.empty(GROUP_ROWS, np.int32)
         order = _Order(pi, np.empty_like(pi), np.empty(1, np.int64))
         moment, idle = np.empty(2, np.int64), np.zeros(2, np.int64)
         turn = served = announced = np.int64(0)
@@ -324,7 +309,7 @@ def worker_loop(dtype: torch.dtype, features: str) -> Any:
                 chunk = np.int64(-1)
             if chunk < 0:
                 continue
-            trip = _read_trip(shared, own, turn)
+            trip = _read_trip(own, turn)
             order.begin[0], idle[0] = -1, 0
             while chunk >= 0:
                 status = serve_chunk(shared, own, trip, order, chunk)
