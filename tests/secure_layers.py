@@ -1,6 +1,7 @@
 """A fused secure layer beside the plain one: the same checks on a GPU and in Triton's
 interpreter, on the CPU."""
 
+import itertools
 import math
 import struct
 
@@ -12,6 +13,7 @@ from scx import codecs
 from scx.codecs.rows import encode_rows
 from scx.devices.interface import Rank
 from scx.devices.plain import PlainSecureLayer
+from scx.kernels.protocol import group_of
 from scx.keys import RootKey
 
 HIDDEN, HEADS, KV_HEADS = 192, 6, 2
@@ -134,27 +136,37 @@ def assert_equal_words_keep_the_order_of_their_rows(device):
 
     words = torch.randint(-3, 3, (600,), device=device)
     hidden = torch.randn(600, 8, device=device)
-    counters = torch.tensor([5, 7, 0], device=device)
-    rows, rank = secure.encode_rows_by(words, hidden, counters)
+    rows, rank = secure.encode_rows_by(words, hidden)
     pi = words.argsort(stable=True)
     assert torch.equal(rows, hidden[pi])
     assert torch.equal(rank, pi.argsort())
-    assert counters.tolist() == [6, 607, 0]
 
 
 def assert_the_order_sorts_the_words(device, counts):
-    """Whether the kernel draws them itself, as it does for few rows, or not."""
+    """Within each group, whether the kernel draws them itself, as it does for few rows,
+    or not."""
     from scx.kernels.cuda import secure
 
     key = torch.arange(8, dtype=torch.int32, device=device)
+    step = torch.tensor([3], device=device)
     for count in counts:
-        counters = torch.tensor([3, 0, 0], device=device)
-        words = secure.draw_words(key, counters, count)
+        words = secure.draw_words(key, step, count)
+        groups = sorted({group_of(row, count)[:2] for row in range(count)})
+        pi = torch.cat([begin + words[begin:end].argsort() for begin, end in groups])
         hidden = torch.randn(count, 8, device=device)
-        rows, rank = secure.encode_rows(hidden, key, counters)
-        assert torch.equal(rows, hidden[words.argsort()])
-        assert torch.equal(rank, words.argsort().argsort())
-        assert counters.tolist() == [4, count, 0]
+        rows, rank = secure.encode_rows(hidden, key, step)
+        assert torch.equal(rows, hidden[pi])
+        assert torch.equal(rank, pi.argsort())
+
+
+def assert_no_step_number_serves_twice(layer, hidden, qkv, positions):
+    """Not even if the step before was abandoned after its rows had left."""
+    orders = [layer.encode_rows(hidden)]
+    for _ in range(2):
+        orders.append(layer.encode_rows(hidden))
+        layer.encode_features(qkv, positions)
+    for one, other in itertools.combinations(orders, 2):
+        assert not torch.equal(one, other)
 
 
 def assert_words_are_chacha20(step, device, count=600):
@@ -164,7 +176,7 @@ def assert_words_are_chacha20(step, device, count=600):
     key = bytes(range(32))
     words = draw_words(
         torch.frombuffer(bytearray(key), dtype=torch.int32).to(device),
-        torch.tensor([step, 0, 0], device=device),
+        torch.tensor([step], device=device),
         count,
     )
     for block, word in enumerate(words.tolist()):

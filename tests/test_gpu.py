@@ -120,7 +120,13 @@ def test_the_words_are_chacha20(step):
 
 def test_equal_words_keep_the_order_of_their_rows():
     secure_layers.assert_equal_words_keep_the_order_of_their_rows("cuda")
-    secure_layers.assert_the_order_sorts_the_words("cuda", (1, 9, 128, 129, 600))
+    secure_layers.assert_the_order_sorts_the_words("cuda", (1, 9, 128, 129, 600, 5000))
+
+
+def test_no_step_number_serves_twice(devices):
+    layer, _ = devices("accelerator", torch.bfloat16, 64)
+    hidden, qkv, _, positions = tensors(64, 64, torch.bfloat16)
+    secure_layers.assert_no_step_number_serves_twice(layer, hidden, qkv, positions)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 2049])

@@ -65,16 +65,23 @@ class AcceleratorSecureLayer(SecureLayer):
             self._key = stay.repeat(features.kv_heads, 1)
         random_bytes = bytearray(os.urandom(32))
         self._row_key = torch.frombuffer(random_bytes, dtype=torch.int32).to(self.device)
-        # Steps and tokens so far, and a word of the kernel's. Graphs are replayed without
-        # Python, so the device counts; the steps are the nonces of the row orders.
-        self._counters = torch.zeros(3, dtype=torch.int64, device=self.device)
+        # Steps and tokens so far. Graphs are replayed without Python, so the device
+        # counts; the steps are the nonces of the row orders.
+        self._counters = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self._single_row = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._row_bytes = 0
 
     def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states.contiguous()
-        rows, self._order = kernels.encode_rows(
-            hidden_states, self._row_key, self._counters
-        )
+        if self._order is not None:
+            # The step before was abandoned, but its number must not serve again.
+            self._counters[0] += 1
+        if len(hidden_states) == 1:
+            rows, self._order = hidden_states, self._single_row
+        else:
+            rows, self._order = kernels.encode_rows(
+                hidden_states, self._row_key, self._counters
+            )
         self._row_bytes = (
             hidden_states.shape[1] + sum(self._split) + self._split[0]
         ) * hidden_states.itemsize
@@ -93,6 +100,7 @@ class AcceleratorSecureLayer(SecureLayer):
             positions,
             self._cos_sin_cache,
             self._key,
+            self._counters,
             self._num_heads,
             self._is_neox_style,
         )
@@ -115,6 +123,6 @@ class AcceleratorSecureLayer(SecureLayer):
     @property
     def traffic(self) -> Traffic:
         """What was handed from one side to the other, replayed graphs included."""
-        steps, tokens, _ = self._counters.tolist()
+        steps, tokens = self._counters.tolist()
         size = tokens * self._row_bytes
         return Traffic(steps, 6 * steps, size + tokens * torch.int64.itemsize, size)

@@ -20,12 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
+from scx.kernels.cuda.groups import begin_of, group_of, groups_of
 from scx.kernels.mailbox import Mailbox
 from scx.kernels.protocol import (
     COUNTERS,
     FLAG_STRIDE,
     FORSAKEN,
-    GROUP_CHUNKS,
     GROUP_ROWS,
     MAX_CHUNK_ROWS,
     ROWS_BITS,
@@ -43,7 +43,6 @@ _ROWS_BITS = tl.constexpr(ROWS_BITS)
 _FORSAKEN = tl.constexpr(FORSAKEN)
 _BLOCK = tl.constexpr(8192)
 _CHUNK_ROWS = tl.constexpr(MAX_CHUNK_ROWS)
-_GROUP_CHUNKS = tl.constexpr(GROUP_CHUNKS)
 _GROUP_ROWS = tl.constexpr(GROUP_ROWS)
 _SLOTS = tl.constexpr(SLOTS)
 _COUNTERS = tl.constexpr(COUNTERS)
@@ -110,28 +109,17 @@ def _await_flag(pointer, value, limit):
 
 
 @triton.jit
-def _groups_of(num_tokens):
-    """Groups, and chunks of _CHUNK_ROWS, of a step: see protocol.group_of."""
-    chunks = tl.cdiv(tl.cast(num_tokens, tl.int64), _CHUNK_ROWS)
-    return tl.cdiv(chunks, _GROUP_CHUNKS), chunks
-
-
-@triton.jit
-def _group_of(first, num_tokens):
+def _place_of(first, num_tokens):
     """The group of row `first`, and where in the staging memory that row lies."""
-    groups, chunks = _groups_of(num_tokens)
-    group = ((first // _CHUNK_ROWS + 1) * groups - 1) // chunks
-    begin = group * chunks // groups * _CHUNK_ROWS
-    return group, group % _SLOTS * _GROUP_ROWS + first - begin
+    group = group_of(first, num_tokens)
+    return group, group % _SLOTS * _GROUP_ROWS + first - begin_of(group, num_tokens)
 
 
 @triton.jit
-def _await_place(received, group, num_tokens):
-    """Wait until all answers of the group whose place `group` takes were received."""
-    groups, chunks = _groups_of(num_tokens)
-    before = group - _SLOTS
-    size = (before + 1) * chunks // groups - before * chunks // groups
-    while tl.atomic_add(received + before, 0) < size:
+def _await_answers(received, group, num_tokens):
+    """Wait until all chunks of a group have been received."""
+    rows = begin_of(group + 1, num_tokens) - begin_of(group, num_tokens)
+    while tl.atomic_add(received + group, 0) < rows // _CHUNK_ROWS:
         pass
 
 
@@ -159,15 +147,15 @@ def _exchange(
     lanes = tl.num_programs(0) // 2
     turn = tl.load(sequence) + 1
     chunks = tl.cdiv(num_tokens, chunk_rows)
-    groups, _ = _groups_of(num_tokens)
+    groups = groups_of(num_tokens)
     received = progress + 1
     if program < lanes:
         for chunk in range(program, chunks, lanes):
             first = tl.cast(chunk, tl.int64) * chunk_rows
             rows = tl.minimum(num_tokens - first, chunk_rows)
-            group, place = _group_of(first, num_tokens)
+            group, place = _place_of(first, num_tokens)
             if group >= _SLOTS:
-                _await_place(received, group, num_tokens)
+                _await_answers(received, group - _SLOTS, num_tokens)
             for start in range(0, rows * WIDTH, _BLOCK):
                 column = start + tl.arange(0, _BLOCK)
                 inside = column < rows * WIDTH
@@ -184,7 +172,7 @@ def _exchange(
         for chunk in range(program - lanes, chunks, lanes):
             first = tl.cast(chunk, tl.int64) * chunk_rows
             rows = tl.minimum(num_tokens - first, chunk_rows)
-            group, place = _group_of(first, num_tokens)
+            group, place = _place_of(first, num_tokens)
             _await_flag(done + chunk * _FLAG_STRIDE, turn, limit)
             for start in range(0, rows * WIDTH, _BLOCK):
                 column = start + tl.arange(0, _BLOCK)

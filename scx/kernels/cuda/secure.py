@@ -4,7 +4,8 @@ Three Triton kernels per step put rows in a fresh order, rotate and encode featu
 decode features; for more than 128 rows another one draws the random words of the order
 first. None waits for the host. They can be captured in a graph, and each replay draws a
 new order: the words are the keystream of ChaCha20 (RFC 8439) under a key from the
-operating system, with a step counter in the accelerator's memory as its nonce.
+operating system, with a step counter in the accelerator's memory as its nonce. The kernel
+that encodes features advances it.
 
 Heads are read and written as they lie in memory, a vector at a time, and their features
 change places in between, in registers and shared memory.
@@ -22,12 +23,15 @@ import torch
 import triton
 import triton.language as tl
 
+from scx.kernels.cuda.groups import begin_of, group_of
+
 _WORDS = tl.constexpr(256)
 """Random words that a program draws, or compares, at once."""
 _FEW_WORDS = tl.constexpr(128)
 """Random words that each program draws for itself, one per thread, if they suffice."""
 _LAST_WORD = tl.constexpr(2**63 - 1)
-_COLUMNS = tl.constexpr(1024)
+_ELEMENTS = tl.constexpr(4096)
+"""What a program moves at once."""
 _WARPS = 4
 _FEATURE_ROWS, _FEATURE_WARPS = 4, 1
 """Rows of a head per program, with 2 KiB or less, and its warps."""
@@ -100,8 +104,8 @@ def _encode_rows(
     target,
     words,
     key,
+    step,
     rank,
-    counters,
     num_tokens,
     WIDTH: tl.constexpr,
     DRAWS: tl.constexpr,
@@ -109,9 +113,12 @@ def _encode_rows(
 ):
     first = tl.program_id(0) * ROWS
     row = first + tl.arange(0, ROWS)
+    group = group_of(first, num_tokens)
+    begin = begin_of(group, num_tokens)
+    end = tl.minimum(begin_of(group + 1, num_tokens), num_tokens)
     if DRAWS:
         other = tl.arange(0, _FEW_WORDS)
-        word = _chacha20(key, tl.load(counters), other.to(tl.uint32))[None, :]
+        word = _chacha20(key, tl.load(step), other.to(tl.uint32))[None, :]
         is_own = other[None, :] == row[:, None]
         own = tl.sum(tl.where(is_own, word, 0), 1, keep_dims=True)
         drawn = (other < num_tokens)[None, :]
@@ -119,9 +126,9 @@ def _encode_rows(
     else:
         smaller = tl.zeros([ROWS, _WORDS], tl.int32)
         own = tl.load(words + row, row < num_tokens)[:, None]
-        for start in range(0, num_tokens, _WORDS):
+        for start in range(begin, end, _WORDS):
             other = start + tl.arange(0, _WORDS)
-            word = tl.load(words + other, other < num_tokens, _LAST_WORD)[None, :]
+            word = tl.load(words + other, other < end, _LAST_WORD)[None, :]
             # Of two equal words the first row's comes first, if they ever occur. Only
             # beside its own rows a program has to look which that is.
             if start + _WORDS <= first:
@@ -130,19 +137,14 @@ def _encode_rows(
                 smaller += word < own
             else:
                 smaller += _is_smaller(word, own, other, row)
-    place = tl.sum(smaller, 1).to(tl.int64)
+    place = begin + tl.sum(smaller, 1)
     tl.store(rank + row, place, row < num_tokens)
     row = row.to(tl.int64)[:, None]
-    for start in range(0, WIDTH, _COLUMNS):
-        column = (start + tl.arange(0, _COLUMNS))[None, :]
+    for start in range(0, WIDTH, _ELEMENTS // ROWS):
+        column = (start + tl.arange(0, _ELEMENTS // ROWS))[None, :]
         inside = (row < num_tokens) & (column < WIDTH)
         moved = tl.load(source + row * WIDTH + column, inside)
         tl.store(target + place[:, None] * WIDTH + column, moved, inside)
-    # The last program to arrive counts the step, as the others have read its number.
-    if tl.atomic_add(counters + 2, 1) == tl.num_programs(0) - 1:
-        tl.store(counters + 2, 0)
-        tl.store(counters, tl.load(counters) + 1)
-        tl.store(counters + 1, tl.load(counters + 1) + num_tokens)
 
 
 @triton.jit
@@ -171,6 +173,7 @@ def _encode_features(
     positions,
     cos_sin_cache,
     key,
+    counters,
     num_tokens,
     max_position,
     HEADS: tl.constexpr,
@@ -215,6 +218,9 @@ def _encode_features(
     own_key = key + _kv_head(head, HEADS, KV_HEADS) * HEAD_DIM
     encoded = _permute(encoded, own_key, held, ROWS, BLOCK)
     tl.store(target + row[:, None] * width + column, encoded, inside)
+    if (head == 0) & (tl.program_id(0) == 0):
+        tl.store(counters, tl.load(counters) + 1)
+        tl.store(counters + 1, tl.load(counters + 1) + num_tokens)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -254,41 +260,36 @@ def draw_words(key: torch.Tensor, step: torch.Tensor, num_tokens: int) -> torch.
 
 
 def encode_rows(
-    hidden_states: torch.Tensor, key: torch.Tensor, counters: torch.Tensor
+    hidden_states: torch.Tensor, key: torch.Tensor, step: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows of contiguous `hidden_states` (T, H) in a fresh order pi, and its inverse.
 
-    pi sorts the words that `draw_words` draws for T rows under `key` at `counters`,
-    int64 (3,). Its inverse is int64 (T,). Adds 1 and T to the first two of `counters`;
-    the third is the kernel's own, and 0.
+    pi sorts the words that `draw_words` draws for T rows under `key` at `step`, within
+    each group of `scx.kernels.protocol.group_of`. Its inverse is int64 (T,).
     """
     num_tokens = len(hidden_states)
-    if num_tokens == 1:
-        # It has one order, by whatever word.
-        words = torch.empty_like(counters[:1])
-    elif num_tokens <= _FEW_WORDS.value:
-        words = None
-    else:
-        words = draw_words(key, counters, num_tokens)
-    return _encode_rows_by(words, hidden_states, key, counters)
+    if num_tokens <= _FEW_WORDS.value:
+        return _encode_rows_by(None, hidden_states, key, step)
+    return encode_rows_by(draw_words(key, step, num_tokens), hidden_states)
 
 
 def encode_rows_by(
-    words: torch.Tensor, hidden_states: torch.Tensor, counters: torch.Tensor
+    words: torch.Tensor, hidden_states: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `encode_rows`, for `words`, int64 (T,). Equal ones keep the order of their
     rows."""
-    return _encode_rows_by(words, hidden_states, words, counters)
+    return _encode_rows_by(words, hidden_states, words, words)
 
 
 def _encode_rows_by(
     words: torch.Tensor | None,
     hidden_states: torch.Tensor,
     key: torch.Tensor,
-    counters: torch.Tensor,
+    step: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, width = hidden_states.shape
-    rows, rank = torch.empty_like(hidden_states), counters.new_empty(num_tokens)
+    rows = torch.empty_like(hidden_states)
+    rank = torch.empty(num_tokens, dtype=torch.int64, device=rows.device)
     # One in a decode batch, to spread it over the accelerator.
     block_rows = 1 if words is None else 4
     launch: Any = _encode_rows[(triton.cdiv(num_tokens, block_rows),)]
@@ -297,8 +298,8 @@ def _encode_rows_by(
         rows,
         key if words is None else words,
         key,
+        step,
         rank,
-        counters,
         num_tokens,
         WIDTH=width,
         DRAWS=words is None,
@@ -314,6 +315,7 @@ def encode_features(
     positions: torch.Tensor,
     cos_sin_cache: torch.Tensor,
     key: torch.Tensor,
+    counters: torch.Tensor,
     num_heads: int,
     is_neox_style: bool,
 ) -> torch.Tensor:
@@ -321,7 +323,7 @@ def encode_features(
 
     `qkv` is contiguous, has that shape, and is in the order of `encode_rows`, whose
     second result is `rank`. `positions` int64 (T,), `cos_sin_cache` (max_position, R) and
-    `key` int32 (M, D) are as in the codec.
+    `key` int32 (M, D) are as in the codec. Adds 1 and T to `counters`, int64 (2,).
     """
     target = torch.empty_like(qkv)
     kv_heads, head_dim = key.shape
@@ -334,6 +336,7 @@ def encode_features(
         positions,
         cos_sin_cache,
         key,
+        counters,
         len(qkv),
         len(cos_sin_cache),
         HEADS=num_heads,
