@@ -90,10 +90,12 @@ def assert_is_plain(layer, plain, hidden, qkv, attention, positions):
     plain.decode_features(attention.cpu(), expected)
     assert_same(output.cpu(), expected, plain.features)
     if len(hidden):
-        sent = hidden.nbytes + qkv.nbytes + attention.nbytes
+        # The host is not asked for the order of a single row.
+        trips = 3 if layer.on_accelerator or rows is not hidden else 2
+        sent = qkv.nbytes + attention.nbytes + (trips == 3) * hidden.nbytes
         crossed = layer.traffic
         assert crossed.steps - before.steps == 1
-        assert crossed.crossings - before.crossings == 6
+        assert crossed.crossings - before.crossings == 2 * trips
         assert crossed.bytes_out - before.bytes_out == sent
         assert crossed.bytes_in - before.bytes_in == sent + positions.nbytes
 

@@ -120,7 +120,9 @@ def test_the_words_are_chacha20(step):
 
 def test_equal_words_keep_the_order_of_their_rows():
     secure_layers.assert_equal_words_keep_the_order_of_their_rows("cuda")
-    secure_layers.assert_the_order_sorts_the_words("cuda", (1, 9, 128, 129, 600, 5000))
+    secure_layers.assert_the_order_sorts_the_words(
+        "cuda", (1, 9, 128, 129, 256, 257, 600, 5000)
+    )
 
 
 def test_no_step_number_serves_twice(devices):

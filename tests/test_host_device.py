@@ -38,6 +38,7 @@ from scx.kernels.host.waiting import spin
 from scx.kernels.protocol import (
     FLAG_STRIDE,
     FORSAKEN,
+    GROUP_CHUNKS,
     GROUP_ROWS,
     LIMIT,
     MAX_CHUNK_ROWS,
@@ -170,6 +171,20 @@ def test_hops_are_the_codec(tokens, device):
             assert HostSecureLayer(host, slot).traffic.steps == step + 1
 
 
+def test_a_single_row_is_not_sent_for_its_order(device):
+    host, plain, dtype = device
+    accelerator, layer = StandIn(host), HostSecureLayer(host, 0)
+    hidden = torch.randn(1, HIDDEN, dtype=dtype)
+    assert layer.encode_rows(hidden) is hidden
+    qkv = torch.randn(1, (HEADS + 2 * KV_HEADS) * HEAD_DIM).to(dtype)
+    positions = torch.tensor([3])
+    encoded = accelerator.exchange(qkv, ENCODE_FEATURES, positions)
+    plain[0]._pi = torch.zeros(1, dtype=torch.int64)
+    expected = torch.cat(plain[0].encode_features(qkv, positions), dim=1)
+    assert_same(encoded, expected, plain[0].features)
+    assert (layer.traffic.steps, layer.traffic.crossings) == (1, 2)
+
+
 def test_each_step_draws_a_fresh_order(device):
     host, _, dtype = device
     accelerator = StandIn(host)
@@ -194,12 +209,13 @@ def test_traffic_counts_bytes_of_both_directions(device):
     accelerator.exchange(hidden, ENCODE_ROWS)
     accelerator.exchange(hidden, ENCODE_ROWS)
     traffic = HostSecureLayer(host, 0).traffic
-    assert (traffic.steps, traffic.crossings) == (2, 4)
+    assert (traffic.steps, traffic.crossings) == (0, 4)
     assert traffic.bytes_in == traffic.bytes_out == 2 * hidden.nbytes
     qkv = torch.zeros(5, (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=dtype)
     positions = torch.arange(5)
     accelerator.exchange(qkv, ENCODE_FEATURES, positions)
     traffic = HostSecureLayer(host, 0).traffic
+    assert traffic.steps == 1
     assert traffic.bytes_out == 2 * hidden.nbytes + qkv.nbytes
     assert traffic.bytes_in == traffic.bytes_out + positions.nbytes
     # The last hop's time is counted after its answer, the others' before.
@@ -296,20 +312,21 @@ def test_what_the_protocol_cannot_say_is_refused_by_name():
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 20_000) | st.sampled_from([2**20 + 1, LIMIT - 1]))
 def test_groups_are_of_one_size(tokens):
-    chunks = -(-tokens // 32)
+    chunks = -(-tokens // MAX_CHUNK_ROWS)
     groups = set()
-    for chunk in {*range(min(chunks, 700)), chunks - 1}:
-        begin, end, place = group_of(32 * chunk, tokens)
-        assert begin <= 32 * chunk < end <= tokens
-        assert group_of(min(32 * chunk + 31, tokens - 1), tokens) == (begin, end, place)
-        assert begin % 32 == 0
+    for chunk in {*range(min(chunks, 1400)), chunks - 1}:
+        first, last = MAX_CHUNK_ROWS * chunk, MAX_CHUNK_ROWS * (chunk + 1) - 1
+        begin, end, place = group_of(first, tokens)
+        assert begin <= first < end <= tokens
+        assert group_of(min(last, tokens - 1), tokens) == (begin, end, place)
+        assert begin % MAX_CHUNK_ROWS == 0
         assert end - begin <= GROUP_ROWS
         # The last chunk may be a single row.
         if tokens > GROUP_ROWS:
-            assert end - begin > GROUP_ROWS // 2 - 32
+            assert end - begin > GROUP_ROWS // 2 - MAX_CHUNK_ROWS
         groups.add((begin, end, place))
     # One begins where another ends, and takes the next place.
-    if chunks <= 700:
+    if chunks <= 1400:
         begins, ends, places = zip(*sorted(groups), strict=True)
         assert begins == (0, *ends[:-1])
         assert ends[-1] == tokens
@@ -457,13 +474,14 @@ def helped(monkeypatch):
 
 def test_a_trip_is_not_over_before_its_last_chunk(helped):
     host, gates = helped
-    done = host.mailbox.done[: 128 * FLAG_STRIDE : FLAG_STRIDE]
-    until(lambda: done.sum() == 127)
+    chunks = SLOTS * GROUP_CHUNKS
+    done = host.mailbox.done[: chunks * FLAG_STRIDE : FLAG_STRIDE]
+    until(lambda: done.sum() == chunks - 1)
     time.sleep(0.1)
     assert HostSecureLayer(host, 0).busy_since is not None
     gates[1] = 1
     until(lambda: HostSecureLayer(host, 0).busy_since is None)
-    assert done.sum() == 128
+    assert done.sum() == chunks
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -284,7 +284,8 @@ def test_metrics_show_what_was_done(served):
         for name in ("steps", "crossings", "bytes_in", "bytes_out", "secure_seconds")
     }
     assert min(grown.values()) > 0
-    assert grown["crossings"] == 6 * grown["steps"]
+    # Two fewer for a single row, if the host of a GPU is the secure device.
+    assert 4 * grown["steps"] <= grown["crossings"] <= 6 * grown["steps"]
     # Positions, 8 bytes per token, come in beside the features that go both ways.
     assert grown["bytes_in"] > grown["bytes_out"]
 

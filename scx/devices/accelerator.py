@@ -77,6 +77,7 @@ class AcceleratorSecureLayer(SecureLayer):
             # The step before was abandoned, but its number must not serve again.
             self._counters[0] += 1
         if len(hidden_states) == 1:
+            # It has one order.
             rows, self._order = hidden_states, self._single_row
         else:
             rows, self._order = kernels.encode_rows(

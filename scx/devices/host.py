@@ -249,7 +249,10 @@ class HostSecureLayer(SecureLayer):
         self._slot = slot
 
     def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """As SecureLayer. More than GROUP_ROWS rows are shuffled within groups."""
+        """As SecureLayer. More than GROUP_ROWS rows are shuffled within groups, and a
+        single row, which has one order, stays where it is."""
+        if len(hidden_states) == 1:
+            return hidden_states
         return self._host.exchange(hidden_states, self._hop(ENCODE_ROWS))
 
     def encode_features(

@@ -94,7 +94,8 @@ class SecureLayer(ABC):
     def encode_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The rows of `hidden_states` (T, H) in an order that nobody else knows.
 
-        Both are on the accelerator. Each call draws a fresh permutation.
+        Both are on the accelerator. Each call draws a fresh permutation. A single row has
+        only one, and may be returned as it is.
         """
 
     @abstractmethod

@@ -20,7 +20,7 @@ import math
 
 from scx.errors import SCXUnsupportedError
 
-MAX_CHUNK_ROWS = 32
+MAX_CHUNK_ROWS = 16
 
 # A short step is cut into at least this many chunks if it has as many rows.
 CHUNKS = 32

@@ -48,7 +48,7 @@ _SLOTS = tl.constexpr(SLOTS)
 _COUNTERS = tl.constexpr(COUNTERS)
 _WARPS = 8
 # The most programs that send. As many receive.
-_LANES = 32
+_LANES = 48
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Fused forms of `scx.codecs` for an accelerator that is itself the secure device.
 
 Three Triton kernels per step put rows in a fresh order, rotate and encode features, and
-decode features; for more than 128 rows another one draws the random words of the order
+decode features; for more than 256 rows another one draws the random words of the order
 first. None waits for the host. They can be captured in a graph, and each replay draws a
 new order: the words are the keystream of ChaCha20 (RFC 8439) under a key from the
 operating system, with a step counter in the accelerator's memory as its nonce. The kernel
@@ -27,7 +27,7 @@ from scx.kernels.cuda.groups import begin_of, group_of
 
 _WORDS = tl.constexpr(256)
 """Random words that a program draws, or compares, at once."""
-_FEW_WORDS = tl.constexpr(128)
+_FEW_WORDS = (128, 256)
 """Random words that each program draws for itself, one per thread, if they suffice."""
 _LAST_WORD = tl.constexpr(2**63 - 1)
 _ELEMENTS = tl.constexpr(4096)
@@ -99,7 +99,7 @@ def _draw_words(words, key, step, num_tokens):
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _encode_rows(
+def _order_rows(
     source,
     target,
     words,
@@ -108,7 +108,7 @@ def _encode_rows(
     rank,
     num_tokens,
     WIDTH: tl.constexpr,
-    DRAWS: tl.constexpr,
+    DRAWN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     first = tl.program_id(0) * ROWS
@@ -116,8 +116,8 @@ def _encode_rows(
     group = group_of(first, num_tokens)
     begin = begin_of(group, num_tokens)
     end = tl.minimum(begin_of(group + 1, num_tokens), num_tokens)
-    if DRAWS:
-        other = tl.arange(0, _FEW_WORDS)
+    if DRAWN > 0:
+        other = tl.arange(0, DRAWN)
         word = _chacha20(key, tl.load(step), other.to(tl.uint32))[None, :]
         is_own = other[None, :] == row[:, None]
         own = tl.sum(tl.where(is_own, word, 0), 1, keep_dims=True)
@@ -268,8 +268,10 @@ def encode_rows(
     each group of `scx.kernels.protocol.group_of`. Its inverse is int64 (T,).
     """
     num_tokens = len(hidden_states)
-    if num_tokens <= _FEW_WORDS.value:
-        return _encode_rows_by(None, hidden_states, key, step)
+    for count in _FEW_WORDS:
+        if num_tokens <= count:
+            # One row per program, to spread a decode batch over the accelerator.
+            return _encode_rows(hidden_states, key, key, step, drawn=count, block_rows=1)
     return encode_rows_by(draw_words(key, step, num_tokens), hidden_states)
 
 
@@ -278,33 +280,33 @@ def encode_rows_by(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `encode_rows`, for `words`, int64 (T,). Equal ones keep the order of their
     rows."""
-    return _encode_rows_by(words, hidden_states, words, words)
+    return _encode_rows(hidden_states, words, words, words, drawn=0, block_rows=4)
 
 
-def _encode_rows_by(
-    words: torch.Tensor | None,
+def _encode_rows(
     hidden_states: torch.Tensor,
+    words: torch.Tensor,
     key: torch.Tensor,
     step: torch.Tensor,
+    drawn: int,
+    block_rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, width = hidden_states.shape
     rows = torch.empty_like(hidden_states)
     rank = torch.empty(num_tokens, dtype=torch.int64, device=rows.device)
-    # One in a decode batch, to spread it over the accelerator.
-    block_rows = 1 if words is None else 4
-    launch: Any = _encode_rows[(triton.cdiv(num_tokens, block_rows),)]
+    launch: Any = _order_rows[(triton.cdiv(num_tokens, block_rows),)]
     launch(
         hidden_states,
         rows,
-        key if words is None else words,
+        words,
         key,
         step,
         rank,
         num_tokens,
         WIDTH=width,
-        DRAWS=words is None,
+        DRAWN=drawn,
         ROWS=block_rows,
-        num_warps=_WARPS,
+        num_warps=max(_WARPS, drawn // 32),
     )
     return rows, rank
 

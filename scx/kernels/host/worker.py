@@ -161,13 +161,14 @@ def _leading(dtype: torch.dtype, features: str) -> tuple[Callable, Callable]:
                 return NO_RANDOMNESS
             order[SENT] = tokens
         elif kind == ENCODE_FEATURES:
-            # Once, and in the order in which the rows were sent.
-            if order[SENT] != tokens:
+            # Once, and in the order in which the rows were sent. A single row has one
+            # order, and was not sent.
+            if order[SENT] != tokens and tokens > 1:
                 return BAD_REQUEST
             order[SENT] = 0
         size = tokens * own.hops[hop, HOP_WIDTH] * shared.inbox.itemsize
         counters = own.counters[layer]
-        counters[COUNT_STEPS] += kind == ENCODE_ROWS
+        counters[COUNT_STEPS] += kind == ENCODE_FEATURES
         counters[COUNT_CROSSINGS] += 2
         counters[COUNT_BYTES_IN] += size
         counters[COUNT_BYTES_OUT] += size
