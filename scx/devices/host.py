@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numba
 import numpy as np
@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from scx.codecs.interface import FeatureCodec
 from scx.devices.interface import Rank, SecureLayer, Traffic, qkv_sizes
+from scx.devices.numa import cores_near, running_on
 from scx.errors import SCXSecureDeviceError
 from scx.kernels.host import worker as host_worker
 from scx.kernels.host.memory import (
@@ -75,8 +76,17 @@ class _Workers:
     failure: str | None = None
     """Why they serve no more, or None while they do."""
 
-    def __init__(self, dtype: torch.dtype, kernels: str, shared: Shared, own: Private):
-        """Compiles their loop and starts as many as `own.served` has rows for."""
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        kernels: str,
+        shared: Shared,
+        own: Private,
+        cores: Collection[int],
+    ) -> None:
+        """Compiles their loop and starts as many as `own.served` has rows for, on
+        `cores`."""
+        self._cores = cores
         self._shared, self._own = shared, own
         self._serve = host_worker.worker_loop(dtype, kernels)
         self._serve.compile(tuple(map(numba.typeof, (0, shared, own))))
@@ -92,7 +102,8 @@ class _Workers:
     def _run(self, worker: int) -> None:
         status = DIED
         try:
-            status = self._serve(worker, self._shared, self._own)
+            with running_on(self._cores):
+                status = self._serve(worker, self._shared, self._own)
         finally:
             if status == DIED:
                 # What the loop does before it returns. The threading module reports the
@@ -149,7 +160,11 @@ class HostDevice:
         self.device = torch.device("cpu")
         self.max_tokens = rank.max_tokens
         self.features = [each.to(self.device) for each in features]
-        self.mailbox = Mailbox.allocate(rank.max_tokens, max(widths.values()), rank.dtype)
+        cores = cores_near(rank.accelerator)
+        with running_on(cores):
+            self.mailbox = Mailbox.allocate(
+                rank.max_tokens, max(widths.values()), rank.dtype
+            )
         self.sequence = torch.zeros(1, dtype=torch.int64, device=rank.accelerator)
         self.progress = torch.zeros(
             progress_words(rank.max_tokens), dtype=torch.int32, device=rank.accelerator
@@ -180,7 +195,7 @@ class HostDevice:
             is_neox_style=rank.is_neox_style,
             patience=PATIENCE_NAPS,
         )
-        self.workers = _Workers(rank.dtype, kernels, Shared(**shared), own)
+        self.workers = _Workers(rank.dtype, kernels, Shared(**shared), own, cores)
         # Also at the end of the interpreter. The threads hold nothing of this object.
         self._finalizer = weakref.finalize(self, self.workers.close)
 
