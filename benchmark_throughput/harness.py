@@ -7,12 +7,14 @@ imported in such processes only, after the variables are set.
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import statistics
 import sys
+import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
@@ -25,6 +27,7 @@ from scx.keys import scx_env_init
 
 POLL_SECONDS = 1.0
 CLOSE_SECONDS = 60.0
+ERROR = re.compile(r"[\w.]*(Error|Exception): .*\S")
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,14 @@ class ResidentArm:
         self.arm = arm
         self.build_seconds = 0.0
         self._pipe, remote = context.Pipe()
-        self._process = context.Process(target=serve, args=(remote, arm, plan))
+        stderr, writer = context.Pipe(duplex=False)
+        self._stderr = StderrRelay(stderr)
+        self._process = context.Process(
+            target=with_stderr, args=(writer, serve, remote, arm, plan)
+        )
         self._process.start()
-        remote.close()
+        for end in (remote, writer):
+            end.close()
 
     def wait_until_built(self) -> None:
         """Raises ArmFailed."""
@@ -104,6 +112,9 @@ class ResidentArm:
         answer = self._receive()
         if isinstance(answer, ArmFailed):
             self.close()
+            first = self._stderr.first_error()
+            if first is not None and first not in str(answer):
+                answer = ArmFailed(f"{answer}; its first error: {first}")
             raise answer
         return answer
 
@@ -119,6 +130,37 @@ class ResidentArm:
                 self._process.join(CLOSE_SECONDS)
                 break
         return ArmFailed(f"its process ended with status {self._process.exitcode}")
+
+
+class StderrRelay:
+    """Passes on what an arm's processes write to stderr, and keeps the first error.
+
+    vLLM says why an engine did not start in the log of that engine alone.
+    """
+
+    def __init__(self, reader: Connection) -> None:
+        self._first_error: str | None = None
+        self._thread = threading.Thread(target=self._pass_on, args=[reader], daemon=True)
+        self._thread.start()
+
+    def first_error(self) -> str | None:
+        """Once all the processes have ended."""
+        self._thread.join(POLL_SECONDS)
+        return self._first_error
+
+    def _pass_on(self, reader: Connection) -> None:
+        with reader, open(reader.fileno(), errors="replace", closefd=False) as lines:
+            for line in lines:
+                sys.stderr.write(line)
+                if self._first_error is None and (found := ERROR.search(line)):
+                    self._first_error = found[0]
+
+
+def with_stderr(writer: Connection, function: Callable[..., None], *args: Any) -> None:
+    """Call a function, with `writer` as stderr of this process and of all it starts."""
+    with writer:
+        os.dup2(writer.fileno(), sys.stderr.fileno())
+    function(*args)
 
 
 def serve(pipe: Connection, arm: Arm, plan: Plan) -> None:

@@ -234,6 +234,10 @@ def fake_serve(pipe, arm, plan):
         pipe.send(ArmFailed("the reason"))
     elif workload == "die":
         os._exit(number)
+    elif workload == "log":
+        for error in ("OutOfMemoryError: the cause", "RuntimeError: what follows"):
+            print(f"(EngineCore pid=1) ERROR [core.py:9] torch.{error}", file=sys.stderr)
+        pipe.send(ArmFailed("see above"))
     pipe.send(number)
     pipe.recv()
 
@@ -256,7 +260,11 @@ def test_a_resident_arm_answers_and_leaves_no_process(resident):
 
 @pytest.mark.parametrize(
     ("workload", "said"),
-    [("raise", "the reason"), ("die", "its process ended with status 3")],
+    [
+        ("raise", "^the reason$"),
+        ("die", "^its process ended with status 3$"),
+        ("log", "^see above; its first error: torch.OutOfMemoryError: the cause$"),
+    ],
 )
 def test_an_arm_that_fails_is_closed_and_says_why(workload, said, resident):
     with pytest.raises(ArmFailed, match=said):
