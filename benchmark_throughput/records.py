@@ -119,6 +119,8 @@ class Setting:
     """Of this package; None outside a checkout."""
     dirty: bool | None
     """Whether a tracked file differs from the commit; None outside a checkout."""
+    host: dict[str, Any] | None = None
+    """As `lab.provenance.host` says; None in older records."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+HOST_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "movdir64b", "waitpkg")
+
 
 def survey() -> dict[str, Any]:
     """Versions, accelerator, cores and commit, under the names that records give them.
@@ -30,9 +32,34 @@ def survey() -> dict[str, Any]:
         },
         "accelerator": torch.cuda.get_device_name() if cuda else cpu_name(),
         "cores": usable_cores(),
+        "host": host(Path("/")),
         "commit": commit,
         "dirty": dirty,
     }
+
+
+def host(root: Path) -> dict[str, Any]:
+    """What decides how fast the host moves rows, from the kernel's files under `root`:
+    the CPU, its caches, its NUMA nodes, and those of its instructions that matter."""
+    system = root / "sys/devices/system"
+    caches = {
+        f"L{_line(cache / 'level')} {_line(cache / 'type')}": _line(cache / "size")
+        for cache in sorted((system / "cpu/cpu0/cache").glob("index*"))
+    }
+    flags = re.search(
+        r"^flags\s*:(.*)", (root / "proc/cpuinfo").read_text(), re.MULTILINE
+    )
+    has = set(flags[1].split()) if flags else set()
+    return {
+        "cpu": cpu_name(),
+        "caches": caches,
+        "numa_nodes": len(list((system / "node").glob("node[0-9]*"))),
+        "flags": [flag for flag in HOST_FLAGS if flag in has],
+    }
+
+
+def _line(file: Path) -> str:
+    return file.read_text().strip()
 
 
 def cpu_name() -> str:

@@ -1,11 +1,10 @@
 """What one trip to the host costs, alone, on this machine's GPU.
 
-    python -m scripts.hop_bench [--out FILE.json] [--workers N]
+    python -m scripts.hop_bench [--shape NAME] [--out FILE.json] [--workers N]
 
-For the shapes of Qwen2-1.5B: the mean of a step's three trips, in a CUDA graph of 20
-steps, where steps are small; each trip of its own where they are long. Beside them
-plain pinned copies of the same bytes in both directions, one after the other and at
-once. Medians of 9.
+The mean of a step's trips, in a CUDA graph of 20 steps, where steps are small; each trip
+of its own where they are long. Beside them plain pinned copies of the same rows in both
+directions, one after the other and at once. Medians of 9.
 """
 
 import json
@@ -13,17 +12,34 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from lab.cli import Parser
+from lab.provenance import survey
 from scx.codecs.permutation import PermutationCodec
 from scx.devices.cores import usable_cores, workers_for
 from scx.devices.host import HostDevice, HostSecureLayer
 from scx.devices.interface import Rank
 from scx.keys import RootKey
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 1536, 12, 2, 128
+HEAD_DIM = 128
+
+
+class Shape(NamedTuple):
+    """One layer of a model whose heads have HEAD_DIM features."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+
+    @property
+    def qkv_size(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * HEAD_DIM
+
+
+SHAPES = {"qwen2-1.5b": Shape(1536, 12, 2), "qwen2-7b": Shape(3584, 28, 4)}
 REPEATS = 9
 STEPS = 20
 
@@ -40,19 +56,25 @@ def timed(run: Callable[[], None], trips: int) -> float:
     return statistics.median(seconds) / trips * 1e6
 
 
-def trips(layer: HostSecureLayer, tokens: int) -> dict[str, Callable[[], None]]:
-    """The three trips of a layer for a step of so many tokens."""
-    width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+def trips(
+    layer: HostSecureLayer, shape: Shape, tokens: int
+) -> dict[str, Callable[[], None]]:
+    """The trips of a layer for a step of so many tokens."""
     cuda = {"device": "cuda", "dtype": torch.bfloat16}
-    hidden, qkv = torch.randn(tokens, HIDDEN, **cuda), torch.randn(tokens, width, **cuda)
-    attention = torch.randn(tokens, HEADS * HEAD_DIM, **cuda)
+    hidden = torch.randn(tokens, shape.hidden_size, **cuda)
+    qkv = torch.randn(tokens, shape.qkv_size, **cuda)
+    attention = torch.randn(tokens, shape.num_heads * HEAD_DIM, **cuda)
     output = torch.empty_like(attention)
     positions = torch.arange(tokens, device="cuda")
-    return {
+    calls = {
         "encode_rows": lambda: layer.encode_rows(hidden),
         "encode_features": lambda: layer.encode_features(qkv, positions),
         "decode_features": lambda: layer.decode_features(attention, output),
     }
+    if tokens == 1:
+        # The host is not asked for the order of a single row.
+        del calls["encode_rows"]
+    return calls
 
 
 def small(step: dict[str, Callable[[], None]]) -> dict[str, float]:
@@ -112,16 +134,18 @@ def copies(tokens: int, width: int) -> dict[str, float]:
 
 def main() -> None:
     parser = Parser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2-1.5b")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--workers", type=int, help="default: what an engine would take")
     options = parser.parse_args()
+    shape = SHAPES[options.shape]
     workers = options.workers or workers_for(usable_cores(), 1)
     host = HostDevice(
-        [PermutationCodec.derive(RootKey.draw(), 0, range(KV_HEADS), HEAD_DIM)],
+        [PermutationCodec.derive(RootKey.draw(), 0, range(shape.num_kv_heads), HEAD_DIM)],
         [torch.randn(40_000, HEAD_DIM)],
         Rank(
-            num_heads=HEADS,
-            hidden_size=HIDDEN,
+            num_heads=shape.num_heads,
+            hidden_size=shape.hidden_size,
             dtype=torch.bfloat16,
             max_tokens=16384,
             is_neox_style=True,
@@ -131,23 +155,26 @@ def main() -> None:
         ),
     )
     layer = HostSecureLayer(host, 0)
+    widths = (shape.hidden_size, shape.qkv_size, shape.num_heads * HEAD_DIM)
     results: dict = {
-        "device": torch.cuda.get_device_name(),
+        **survey(),
+        "shape": options.shape,
         "workers": workers,
         "pinned_bytes": host.mailbox.nbytes,
         "microseconds": {},
-        "copies": {t: copies(t, 2048) for t in (1, 64, 8192, 16384)},
+        "copies": {
+            t: {f"x {width}": copies(t, width) for width in sorted(set(widths))}
+            for t in (1, 64, 8192, 16384)
+        },
     }
     for tokens in (1, 8, 64, 256, 1024, 8192, 16384):
         row = results["microseconds"][tokens] = {}
-        step = trips(layer, tokens)
+        step = trips(layer, shape, tokens)
         for trip in step.values():
             trip()
         row |= small(step) if tokens <= 256 else long(step)
         print(tokens, {name: round(value, 1) for name, value in row.items()}, flush=True)
-    print(
-        {t: {k: round(v, 1) for k, v in r.items()} for t, r in results["copies"].items()}
-    )
+    print(json.dumps(results["copies"], indent=1))
     if options.out is not None:
         options.out.write_text(json.dumps(results, indent=2) + "\n")
     host.close()
