@@ -19,7 +19,7 @@ def survey() -> dict[str, Any]:
     import torch
 
     from scx import __version__
-    from scx.devices.cores import usable_cores
+    from scx.kernels.host.cores import usable_cores
 
     commit, dirty = git_state()
     cuda = torch.cuda.is_available()

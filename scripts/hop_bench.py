@@ -19,9 +19,9 @@ import torch
 from lab.cli import Parser
 from lab.provenance import survey
 from scx.codecs.permutation import PermutationCodec
-from scx.devices.cores import usable_cores, workers_for
 from scx.devices.host import HostDevice, HostSecureLayer
 from scx.devices.interface import Rank
+from scx.kernels.host.cores import usable_cores, workers_for
 from scx.keys import RootKey
 
 HEAD_DIM = 128

@@ -12,10 +12,18 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from scx.commands.arguments import codec, file, gigabytes, layers, microseconds, model
+from scx.commands.arguments import (
+    codec,
+    cores,
+    file,
+    gigabytes,
+    layers,
+    microseconds,
+    model,
+)
 from scx.commands.demo_model import Architecture
-from scx.commands.estimate import H100
 from scx.errors import SCXError
+from scx.kernels.machine import H100
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,8 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument(
         "--tensor-parallel-size", type=int, default=1, help="ranks (default: 1)"
     )
+    estimate.add_argument(
+        "--cores", type=cores, default=16, help="of the host (default: 16)"
+    )
     for option, unit, value, text in (
         ("--bus", gigabytes, H100.bus_bytes_per_second, "GB/s in each direction"),
+        ("--core", gigabytes, H100.core_bytes_per_second, "GB/s that a worker encodes"),
         ("--hop", microseconds, H100.hop_seconds, "microseconds per empty trip"),
         ("--flag", microseconds, H100.flag_seconds, "microseconds per chunk of rows"),
     ):

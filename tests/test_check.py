@@ -5,8 +5,10 @@ import io
 import os
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 from lab import tiny_models
 from lab.engines import in_new_process
@@ -123,3 +125,14 @@ def test_everything_is_reported_at_once(tmp_path):
     assert lines["configuration"][1].startswith("SCX_ENC_LAYERS='x': ")
     # One reason is given once.
     assert lines["secure device"] == ("FAIL", "as configuration")
+
+
+@pytest.mark.parametrize(("threads", "warns"), [("2", True), ("7", False)])
+def test_few_cores_beside_a_gpu_are_a_warning(threads, warns, monkeypatch, capsys):
+    monkeypatch.setenv("SCX_HOST_THREADS", threads)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # It would pin memory, which takes a GPU.
+    monkeypatch.setattr("scx.devices.host.HostDevice", MagicMock())
+    assert check._passes("host kernels", check._host_kernels, {})
+    said = capsys.readouterr().out
+    assert ("warn  host kernels: the host's cores are the limit" in said) == warns

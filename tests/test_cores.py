@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from lab.engines import in_new_process
-from scx.devices import cores
+from scx.kernels.host import cores
 from scx.keys import SCXConfig
 from scx.plugin.plan import EncodingPlan
 

@@ -2,14 +2,16 @@
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lab import tiny_models
 from scx.__main__ import main
-from scx.commands.estimate import H100, Machine, Shape, layer_seconds
+from scx.commands.estimate import Shape, layer_seconds
 from scx.errors import SCXConfigError
+from scx.kernels.machine import H100, Machine
 
 RESULTS = Path(__file__).parent.parent / "benchmark_throughput" / "results"
 QWEN2_7B = Shape(28, 3584, 28, 4, 128)
@@ -19,10 +21,32 @@ LLAMA_3_8B = Shape(32, 4096, 32, 8, 128)
 def test_by_hand():
     # 3584 + (28 + 8) x 128 + 28 x 128 = 11,776 elements of two bytes.
     assert QWEN2_7B.row_bytes() == 23_552
-    machine = Machine(10e-6, 1e-6, 1e9)
-    # One token: a chunk. 64 tokens: 32 chunks of two rows. Positions: 8 bytes per token.
-    assert layer_seconds(QWEN2_7B, 1, machine) == pytest.approx(33e-6 + 23_560e-9)
-    assert layer_seconds(QWEN2_7B, 64, machine) == pytest.approx(126e-6 + 64 * 23_560e-9)
+    machine = Machine(10e-6, 1e-6, 2e9, 0.5e9, 2)
+    # One token: two trips of a chunk. 64 tokens: 32 chunks of two rows. Positions: 8
+    # bytes per token. Two workers encode half of what the bus carries.
+    assert layer_seconds(QWEN2_7B, 1, machine) == pytest.approx(22e-6 + 1.6 * 23_560e-9)
+    assert layer_seconds(QWEN2_7B, 64, machine) == pytest.approx(
+        126e-6 + 1.6 * 64 * 23_560e-9
+    )
+    # 2048 tokens: 128 chunks of sixteen rows, and the first group's fill.
+    assert layer_seconds(QWEN2_7B, 2048, replace(machine, workers=4)) == pytest.approx(
+        3 * 138e-6 + (2048 + 0.6 * 1024) * 23_560 / 2e9
+    )
+
+
+def test_too_few_cores_are_said(tmp_path, capsys):
+    folder = tiny_models.save_config(tmp_path / "m", "LlamaForCausalLM", "llama")
+    command = ["estimate", "--model", str(folder), "--layers", "0", "--cores"]
+    assert main([*command, "9"]) == 0
+    assert "limit" not in capsys.readouterr().out
+    assert main([*command, "4"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "the host's cores are the limit of long steps: 3 workers encode 20 GB/s where "
+        "the bus carries 40; 7 workers would not be\n"
+    )
+    with pytest.raises(SystemExit):
+        main([*command, "0"])
+    assert "'0': a whole number from 1 is allowed" in capsys.readouterr().err
 
 
 def median_difference(file, workload, seconds):

@@ -21,12 +21,12 @@ ALLOWED = {
     "codecs": {"codecs", "errors", "keys"},
     "kernels": {"errors", "kernels"},
     "devices": {"codecs", "devices", "errors", "keys", "kernels"},
-    "plugin": {"codecs", "devices", "errors", "keys", "plugin"},
+    "plugin": {"codecs", "devices", "errors", "kernels", "keys", "plugin"},
     "models": {"devices", "errors", "keys", "models", "plugin"},
     "audit": {"audit", "errors", "keys", "plugin"},
     "commands": {"", "audit", "codecs", "devices", "errors", "keys", "kernels", "plugin"},
     "__init__": {"plugin"},
-    "__main__": {"commands", "errors"},
+    "__main__": {"commands", "errors", "kernels"},
 }
 MAY_IMPORT_VLLM = {"__init__", "audit", "commands", "models", "plugin"}
 

@@ -14,6 +14,13 @@ def gigabytes(text: str) -> float:
     return value * 1e9
 
 
+def cores(text: str) -> int:
+    """A number of cores. Raises ArgumentTypeError."""
+    if not text.isdecimal() or (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 is allowed")
+    return value
+
+
 def microseconds(text: str) -> float:
     """An argument in microseconds, in seconds. Raises ArgumentTypeError."""
     if not 0 <= (value := _number(text)) < math.inf:

@@ -6,10 +6,13 @@ import pkgutil
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 from scx import __version__, keys
 from scx.errors import SCXError
+from scx.kernels.host.cores import usable_cores, workers_for
+from scx.kernels.machine import H100, host_limit
 from scx.plugin import versions
 
 
@@ -132,7 +135,15 @@ def _host_kernels() -> str:
     except NumbaError as error:
         raise SCXError(f"numba cannot compile them: {error}") from error
     host.close()
+    if torch.cuda.is_available() and (limit := _host_limit()):
+        print(f"warn  host kernels: {limit}")
     return f"{codec}, compiled in {time.monotonic() - start:.1f} s"
+
+
+def _host_limit() -> str | None:
+    """What to say if this machine has few cores for one rank's workers."""
+    own = keys.get_scx_config().host_threads or workers_for(usable_cores(), 1)
+    return host_limit(replace(H100, workers=own))
 
 
 def _model_classes() -> str:

@@ -1,14 +1,17 @@
-"""What encoding should cost, from a model's shape and three figures of a machine.
+"""What encoding should cost, from a model's shape and a few figures of a machine.
 
 For one encoded layer, T tokens in a step, H columns of hidden_states, N query
 heads and M key/value heads of D features on each rank:
 
-    bytes    = T (2H + 2(N + 2M)D + 2ND) / 2 x element size, in each direction
-    seconds  = 3 (hop + flag x chunks(T)) + bytes / bus
+    row      = (2H + 2(N + 2M)D + 2ND) / 2 x element size: bytes in each direction
+    rows     = T + FILL x min(T, GROUP_ROWS)
+    seconds  = trips (hop + flag x chunks(T)) + rows x row / min(bus, workers x core)
 
-Three trips. Each costs an empty hop, one flag per chunk, and its rows on the bus, in
-both directions at once. The host's kernels hide behind the bus. The defaults come from
-the measurements in docs/performance.md.
+There are three trips, and two for a single row, which the host is not asked to order.
+Each costs an empty hop, one flag per chunk, and its rows, which leave and come back at
+the same time, but for the first group: nothing comes back before it has left. The host's
+workers hide behind the bus if they are enough. The defaults come from the measurements
+in docs/performance.md.
 """
 
 import argparse
@@ -20,8 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from scx.errors import SCXConfigError
-from scx.kernels.protocol import chunk_rows_of
+from scx.kernels.host.cores import workers_for
+from scx.kernels.machine import Machine, host_limit
+from scx.kernels.protocol import GROUP_ROWS, chunk_rows_of
 
+FILL = 0.6
+"""How much of the time of two directions at once one direction takes, both ways."""
 POSITION_BYTES = 8
 LARGEST = 1 << 20
 """The largest size accepted from a config.json. No model comes near it."""
@@ -33,31 +40,21 @@ def run(options: argparse.Namespace) -> bool:
     # Here, so that `scx --help` needs nothing that is not installed.
     from scx import keys
 
-    machine = Machine(options.hop, options.flag, options.bus)
     shape = Shape.read(options.model, options.tensor_parallel_size)
+    workers = workers_for(options.cores, options.tensor_parallel_size)
+    machine = Machine(options.hop, options.flag, options.bus, options.core, workers)
     config = keys.parse_config({keys.ENC_LAYERS: options.layers})
     layers = len(config.layers_of(shape.num_layers))
-    print(f"{layers} of {shape.num_layers} layers encoded by permutation, on each rank:")
+    print(
+        f"{layers} of {shape.num_layers} layers encoded by permutation, on each rank, "
+        f"with {workers} workers of {options.cores} cores:"
+    )
     print("\n".join(table(shape, layers, machine)))
+    if limit := host_limit(machine):
+        print(limit)
     for name in _unknown(_read_config(options.model).get("architectures")):
         print(f"{name} may not be encoded: scx check --model says whether it is")
     return True
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a trip costs, on each rank."""
-
-    hop_seconds: float
-    """An empty trip."""
-    flag_seconds: float
-    """One chunk of rows."""
-    bus_bytes_per_second: float
-    """In each direction while both are in use, including the host's kernels."""
-
-
-H100 = Machine(hop_seconds=9.3e-6, flag_seconds=0.3e-6, bus_bytes_per_second=23e9)
-"""Measured with 16 cores and PCIe 5."""
 
 
 @dataclass(frozen=True)
@@ -152,11 +149,13 @@ def _read_config(model: Path) -> dict[str, Any]:
 
 def layer_seconds(shape: Shape, tokens: int, machine: Machine) -> float:
     """What one encoded layer adds to a step of `tokens` tokens."""
+    trips = 2 if tokens == 1 else 3
     chunks = math.ceil(tokens / chunk_rows_of(tokens))
-    size = tokens * (shape.row_bytes() + POSITION_BYTES)
+    rows = tokens + FILL * min(tokens, GROUP_ROWS)
+    size = rows * (shape.row_bytes() + POSITION_BYTES)
     return (
-        3 * (machine.hop_seconds + chunks * machine.flag_seconds)
-        + size / machine.bus_bytes_per_second
+        trips * (machine.hop_seconds + chunks * machine.flag_seconds)
+        + size / machine.bytes_per_second
     )
 
 

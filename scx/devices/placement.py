@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from scx.devices.cores import ranks_here
 from scx.errors import SCXUnsupportedError
+from scx.kernels.host.cores import ranks_here
 from scx.keys import SECURE_DEVICE, SCXConfig
 
 

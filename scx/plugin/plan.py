@@ -15,9 +15,9 @@ import torch
 
 from scx import codecs, devices
 from scx.codecs.interface import FeatureCodec
-from scx.devices import cores
 from scx.devices.interface import SecureLayer
 from scx.errors import SCXConfigError, SCXUnsupportedError
+from scx.kernels.host import cores
 from scx.keys import ENC_LAYERS, RootKey, SCXConfig, get_scx_config, layers_text
 from scx.plugin.architectures import Architecture, architecture_of, encoded_architectures
 from scx.plugin.identity import identity_of
