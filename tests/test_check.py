@@ -127,7 +127,7 @@ def test_everything_is_reported_at_once(tmp_path):
     assert lines["secure device"] == ("FAIL", "as configuration")
 
 
-@pytest.mark.parametrize(("threads", "warns"), [("2", True), ("7", False)])
+@pytest.mark.parametrize(("threads", "warns"), [("2", True), ("8", False)])
 def test_few_cores_beside_a_gpu_are_a_warning(threads, warns, monkeypatch, capsys):
     monkeypatch.setenv("SCX_HOST_THREADS", threads)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

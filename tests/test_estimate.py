@@ -5,6 +5,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lab import tiny_models
@@ -15,7 +16,7 @@ from scx.kernels.machine import H100, Machine
 
 RESULTS = Path(__file__).parent.parent / "benchmark_throughput" / "results"
 QWEN2_7B = Shape(28, 3584, 28, 4, 128)
-LLAMA_3_8B = Shape(32, 4096, 32, 8, 128)
+QWEN2_1_5B = Shape(28, 1536, 12, 2, 128)
 
 
 def test_by_hand():
@@ -37,33 +38,18 @@ def test_by_hand():
 def test_too_few_cores_are_said(tmp_path, capsys):
     folder = tiny_models.save_config(tmp_path / "m", "LlamaForCausalLM", "llama")
     command = ["estimate", "--model", str(folder), "--layers", "0", "--cores"]
-    assert main([*command, "9"]) == 0
+    assert main([*command, "10"]) == 0
     assert "limit" not in capsys.readouterr().out
     assert main([*command, "4"]) == 0
     assert capsys.readouterr().out.endswith(
-        "the host's cores are the limit of long steps: 3 workers encode 20 GB/s where "
-        "the bus carries 40; 7 workers would not be\n"
+        "the host's cores are the limit of long steps: 3 workers encode 16 GB/s where "
+        "the bus carries 40; 8 workers would not be\n"
     )
     with pytest.raises(SystemExit):
         main([*command, "0"])
     assert "'0': a whole number from 1 is allowed" in capsys.readouterr().err
 
 
-def median_difference(file, workload, seconds):
-    """Seconds that two encoded layers add, native and encoded run side by side."""
-    records = map(json.loads, (RESULTS / file).read_text().splitlines())
-    native, encoded = (r for r in records if r["workload"] == workload)
-    assert (native["layers"], len(encoded["layers"].split(","))) == ("", 2)
-    return statistics.median(seconds(encoded)) - statistics.median(seconds(native))
-
-
-@pytest.mark.parametrize(
-    ("file", "shape"),
-    [
-        ("qwen2-7b-h100-bb60128.jsonl", QWEN2_7B),
-        ("llama-3-8b-h100-bb60128.jsonl", LLAMA_3_8B),
-    ],
-)
 @pytest.mark.parametrize(
     ("workload", "tokens", "field"),
     [
@@ -72,15 +58,41 @@ def median_difference(file, workload, seconds):
         ("decode64", 64, "tpot_seconds"),
     ],
 )
-def test_within_a_quarter_of_the_measurements(file, shape, workload, tokens, field):
-    """`prefill` is one step; time per token is the time of a step."""
+def test_within_a_quarter_of_an_engine(workload, tokens, field):
+    """`prefill` is one step; time per token is the time of a step. All layers, because
+    what two of them add is less than what an engine varies."""
+    records = (RESULTS / "qwen2-7b-h100-80468c0.jsonl").read_text().splitlines()
+    seconds = {
+        record["layers"]: statistics.median(np.atleast_1d(record[field]))
+        for record in map(json.loads, records)
+        if record["workload"] == workload
+    }
+    assert 28 * layer_seconds(QWEN2_7B, tokens, H100) == pytest.approx(
+        seconds["all"] - seconds[""], rel=0.25
+    )
 
-    def seconds(record):
-        values = record[field]
-        return values if isinstance(values, list) else [values]
 
-    measured = median_difference(file, workload, seconds)
-    assert 2 * layer_seconds(shape, tokens, H100) == pytest.approx(measured, rel=0.25)
+@pytest.mark.parametrize("tokens", [1, 64, 1024, 16384])
+@pytest.mark.parametrize(
+    ("file", "shape"),
+    [
+        ("hops-7b-h100-80468c0.json", QWEN2_7B),
+        ("hops-7b-h100-80468c0-4cores.json", QWEN2_7B),
+        ("hops-h100-80468c0.json", QWEN2_1_5B),
+        ("hops-h100-80468c0-4cores.json", QWEN2_1_5B),
+    ],
+)
+def test_within_a_third_of_the_trips_alone(file, shape, tokens):
+    record = json.loads((RESULTS / file).read_text())
+    row = record["microseconds"][str(tokens)]
+    # Of short steps it has the mean of two trips, or of three.
+    measured = (
+        row["trip"] * (2 if tokens == 1 else 3) if "trip" in row else sum(row.values())
+    )
+    machine = replace(H100, workers=record["workers"])
+    assert layer_seconds(shape, tokens, machine) * 1e6 == pytest.approx(
+        measured, rel=1 / 3
+    )
 
 
 def test_the_shape_of_a_rank(tmp_path):

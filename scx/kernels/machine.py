@@ -27,7 +27,7 @@ H100 = Machine(
     hop_seconds=9.3e-6,
     flag_seconds=0.3e-6,
     bus_bytes_per_second=40e9,
-    core_bytes_per_second=6.5e9,
+    core_bytes_per_second=5.5e9,
     workers=13,
 )
 """Measured with 16 cores and PCIe 5."""
