@@ -144,7 +144,9 @@ def speeds():
     return {row[0]: row[1:] for row in rows if all(map(cell.fullmatch, row[1:]))}
 
 
-def test_speeds_are_those_of_the_records():
+def rows_of_records():
+    """What the benchmark reports of all records: name of the table, and the cells of the
+    four workloads, None where one is missing."""
     files = (ROOT / "benchmark_throughput" / "results").glob("*-h100-*.jsonl")
     report = subprocess.run(  # noqa: S603
         [
@@ -156,29 +158,58 @@ def test_speeds_are_those_of_the_records():
         text=True,
         check=True,
     ).stdout
-    measured, head = [], []
+    table, head, found = "", [], []
     for row in tables(report):
-        if row[0] == "throughput":
-            head = [workload.split()[0] for workload in row[1:]]
+        if "mixed" in " ".join(row):
+            table, head = row[0], [workload.split()[0] for workload in row[1:]]
         cells = dict(zip(head, row[1:], strict=False))
-        measured.append(
-            [cells.get(w) for w in ("mixed", "prefill", "decode1", "decode64")]
-        )
+        workloads = ("mixed", "prefill", "decode1", "decode64")
+        found.append((table, [cells.get(workload) for workload in workloads]))
+    return found
+
+
+def test_speeds_and_cores_are_those_of_the_records():
+    measured = rows_of_records()
     assert speeds()
     for label, cells in speeds().items():
-        assert cells in measured, label
+        assert ("throughput", cells) in measured, label
+    busy = [
+        [f"{float(cell):.1f}" for cell in cells]
+        for table, cells in measured
+        if table == "CPU cores" and None not in cells and cells[0][0].isdigit()
+    ]
+    assert cores()
+    for label, cells in cores().items():
+        assert cells in busy, label
 
 
-def test_speeds_in_readmes_are_medians_of_that_table():
-    known = {
-        label.removesuffix(" (1)"): [cell.split()[0] for cell in cells]
-        for label, cells in speeds().items()
-        if label != "Qwen2-7B, 0,27 (1)"
-    }
-    quoted = {
+def cores():
+    """Label and cells of the rows of busy cores."""
+    rows = tables(PERFORMANCE.read_text())
+    return {
         row[0]: row[1:]
-        for row in tables(READMES[0].read_text())
-        if re.fullmatch(r"\d\.\d{3}", row[-1])
+        for row in rows
+        # Tables of microseconds begin with a number of tokens.
+        if row[0][0].isalpha() and all(re.fullmatch(r"\d+\.\d", x) for x in row[1:])
     }
-    assert len(quoted) == 4
-    assert quoted.items() <= known.items()
+
+
+def test_speeds_and_cores_in_readmes_are_of_those_tables():
+    known = {
+        label: [cell.split()[0] for cell in cells] for label, cells in speeds().items()
+    }
+    busy = {
+        label: f"{min(cells, key=float)} to {max(cells, key=float)}"
+        for label, cells in cores().items()
+    }
+    quoted = ratios_in_readme()
+    assert len(quoted) == 5
+    for label, *ratios, range_of_cores in quoted:
+        assert ratios == known[label]
+        assert range_of_cores == busy[label]
+    assert f"cores (native {busy['native']})" in READMES[0].read_text()
+
+
+def ratios_in_readme():
+    rows = tables(READMES[0].read_text())
+    return [row for row in rows if re.fullmatch(r"\d\.\d{3}", row[1])]
