@@ -22,9 +22,9 @@ _logger = logging.getLogger("vllm.scx")
 def configure(vllm_config: "VllmConfig") -> None:
     """Refuse what cannot be encoded; write the plan's record; choose the graph mode.
 
-    If no layer is to be encoded, prepares sealed tiers and changes nothing else. Raises SCXConfigError for a setting that
-    does not fit the model or changed too late, and SCXUnsupportedError for a model or
-    feature that would not run encoded.
+    If no layer is to be encoded, prepares sealed tiers and changes nothing else. Raises
+    SCXConfigError for a setting that does not fit the model or changed too late, and
+    SCXUnsupportedError for a model or feature that would not run encoded.
     """
     register()
     config = get_scx_config()

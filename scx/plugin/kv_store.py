@@ -76,9 +76,9 @@ def obstacles(vllm_config: Any, config: SCXConfig) -> Iterator[str]:
             f"{', '.join(IN_MEMORY)} (in memory) and {IN_FOLDER[0]} (in a folder)"
         )
     elif name in IN_MEMORY:
-        if is_sealed(settings):
-            return
         for setting, in_memory in _MEMORY_SETTINGS.items():
+            if setting == "spec_name" and _is_sealed(name, settings):
+                continue
             if (value := settings.get(setting, in_memory)) != in_memory:
                 yield (
                     f"{setting}={value!r} of {name} keeps KV beyond the engine's memory, "
@@ -95,18 +95,19 @@ def obstacles(vllm_config: Any, config: SCXConfig) -> Iterator[str]:
         )
 
 
-def tiers_of(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _sealed_tiers(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The sealed tiers in a connector's settings."""
     tiers = settings.get("secondary_tiers", [])
     return [tier for tier in tiers if tier.get("type") == "sealed"]
 
 
-def is_sealed(settings: Mapping[str, Any]) -> bool:
+def _is_sealed(name: str, settings: Mapping[str, Any]) -> bool:
     """Whether KV leaves the engine's memory into sealed tiers and nowhere else."""
-    sealed = tiers_of(settings)
+    tiers = settings.get("secondary_tiers", [])
     return (
-        settings.get("spec_name") == _TIERING
-        and len(sealed) == len(settings.get("secondary_tiers", [])) > 0
+        name == IN_MEMORY[0]
+        and settings.get("spec_name") == _TIERING
+        and len(_sealed_tiers(settings)) == len(tiers) > 0
     )
 
 
@@ -116,7 +117,7 @@ def prepare_tiers(vllm_config: Any, config: SCXConfig, encoding: Any) -> None:
     Adds module_path, so that a user need not. Raises SCXConfigError without a key file.
     """
     transfer = vllm_config.kv_transfer_config
-    tiers = tiers_of(transfer.kv_connector_extra_config) if transfer else []
+    tiers = _sealed_tiers(transfer.kv_connector_extra_config) if transfer else []
     if not tiers:
         return
     if config.key_file is None:

@@ -49,7 +49,8 @@ class Seal:
     def seal(self, block: bytes, plain: bytes | memoryview) -> tuple[bytes, bytes]:
         """What the file of `block` holds: the header, then the ciphertext and its tag."""
         salt = secrets.token_bytes(SALT_BYTES)
-        return MAGIC + salt, self._encrypt(salt, block, plain)
+        bound = self._bound(block, len(plain))
+        return MAGIC + salt, self._cipher(salt).encrypt(_NONCE, plain, bound)
 
     def open(self, block: bytes, length: int, sealed: bytes) -> bytes:
         """The `length` bytes that `seal` was given; RefusedError for anything else."""
@@ -62,10 +63,6 @@ class Seal:
             return cipher.decrypt(_NONCE, data, self._bound(block, length))
         except InvalidTag:
             raise RefusedError("its tag is wrong") from None
-
-    def _encrypt(self, salt: bytes, block: bytes, plain: bytes | memoryview) -> bytes:
-        bound = self._bound(block, len(plain))
-        return self._cipher(salt).encrypt(_NONCE, plain, bound)
 
     def _cipher(self, salt: bytes) -> AESGCM:
         return AESGCM(self._key.derive("file", salt.hex(), length=KEY_BYTES))

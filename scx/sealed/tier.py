@@ -96,7 +96,7 @@ class SealedTier(SecondaryTierManager):
     with the disk is a miss, counted, and logged the first time.
     """
 
-    medium: ClassVar[Medium] = Medium.STORAGE
+    medium: ClassVar[Medium | None] = Medium.STORAGE
 
     def __init__(
         self,
