@@ -59,7 +59,9 @@ class Engine:
         return request
 
     def step(self):
-        self.manager.on_schedule_end(SimpleNamespace(new_req_ids=(), preempted_req_ids=()))
+        self.manager.on_schedule_end(
+            SimpleNamespace(new_req_ids=(), preempted_req_ids=())
+        )
         time.sleep(0.002)
 
     def settle(self):
@@ -80,9 +82,11 @@ class Engine:
     def load(self, wanted, tenant=None):
         """What the tier gives for each key: its bytes, or None for a miss."""
         request, deadline = self.request(tenant), time.monotonic() + SECONDS
-        while LookupResult.RETRY in (
-            answers := [self.manager.lookup(key, request) for key in wanted]
-        ) or LookupResult.HIT_PENDING in answers:
+        while (
+            LookupResult.RETRY
+            in (answers := [self.manager.lookup(key, request) for key in wanted])
+            or LookupResult.HIT_PENDING in answers
+        ):
             assert time.monotonic() < deadline, answers
             self.settle()
         hits = [k for k, a in zip(wanted, answers, strict=True) if a is LookupResult.HIT]

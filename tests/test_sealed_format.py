@@ -118,4 +118,6 @@ def test_another_identity_has_another_name_and_opens_nothing(other, block):
 def test_no_two_files_share_a_salt_or_a_byte_of_ciphertext_by_design():
     seal = Seal(ROOT, CONTEXT, None)
     files = {b"".join(seal.seal(BLOCK, bytes(64))) for _ in range(100)}
-    assert len({file[8:40] for file in files}) == len({file[40:] for file in files}) == 100
+    assert (
+        len({file[8:40] for file in files}) == len({file[40:] for file in files}) == 100
+    )

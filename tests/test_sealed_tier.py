@@ -175,7 +175,9 @@ def test_a_folder_that_vanishes_is_a_miss_and_is_not_made_again(begin, folder, b
     assert files_of(folder) == []
 
 
-def test_files_that_vanish_after_the_lookup_are_a_miss(begin, folder, blocks, monkeypatch):
+def test_files_that_vanish_after_the_lookup_are_a_miss(
+    begin, folder, blocks, monkeypatch
+):
     begin(folder).store(blocks)
     engine = begin(folder)
     monkeypatch.setattr(stores.Store, "has", lambda *_: True)

@@ -46,6 +46,10 @@ def configure(vllm_config: "VllmConfig") -> None:
     kv_store.prepare_tiers(vllm_config, config, encoding)
     # Each worker does so as well, with the key file of its own machine.
     if kv_store.outlives_engine(vllm_config):
+        _logger.warning(
+            "SCX: %s writes KV that is not sealed, and is deprecated here: use a sealed tier",
+            kv_store.connector_of(vllm_config),
+        )
         kv_store.claim(vllm_config, plan.root_key().fingerprint, plan.record)
     # A worker that lacks our variables then builds our class all the same, and that
     # class refuses to run without them.
