@@ -1,4 +1,4 @@
-"""The sealed tier under vLLM's tiering manager: hits, misses, and every kind of damage."""
+"""The sealed tier under vLLM's tiering manager: hits, misses and damage."""
 
 import errno
 import logging
@@ -221,7 +221,7 @@ print("ready", flush=True)
 for turn in range(int(sys.argv[2])):
     for first in range(0, 240, 8):
         numbers = range(first, first + 8)
-        engine.store({k: bytes([n]) * BLOCK_BYTES for k, n in zip(keys(*numbers), numbers)})
+        engine.store({keys(n)[0]: bytes([n]) * BLOCK_BYTES for n in numbers})
 engine.stop()
 """
 

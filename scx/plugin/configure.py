@@ -47,7 +47,7 @@ def configure(vllm_config: "VllmConfig") -> None:
     # Each worker does so as well, with the key file of its own machine.
     if kv_store.outlives_engine(vllm_config):
         _logger.warning(
-            "SCX: %s writes KV that is not sealed, and is deprecated here: use a sealed tier",
+            "SCX: %s is deprecated here, as it does not seal KV: use a sealed tier",
             kv_store.connector_of(vllm_config),
         )
         kv_store.claim(vllm_config, plan.root_key().fingerprint, plan.record)
