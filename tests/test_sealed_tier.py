@@ -120,7 +120,12 @@ def swap(files):
     shutil.copy(files[1], files[0])
 
 
-@pytest.mark.parametrize("damage", [flip, cut, lengthen, empty, swap])
+def pipe(files):
+    files[0].unlink()
+    os.mkfifo(files[0])
+
+
+@pytest.mark.parametrize("damage", [flip, cut, lengthen, empty, swap, pipe])
 def test_a_damaged_file_is_one_miss_counted_logged_once_and_replaced(
     damage, begin, folder, blocks, caplog
 ):

@@ -12,6 +12,8 @@ from pathlib import Path
 # Nothing else in the folder is counted or removed.
 _SHARD = re.compile("[0-9a-f]{2}")
 _FILE = re.compile(r"[0-9a-f]{64}(\.[a-z0-9_]{8}\.draft)?")
+# A link is not followed, and a pipe, which anyone may put there, is not waited for.
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _SCANS = 16
 """Scans of the folder for each `max_bytes` that are written."""
 
@@ -38,12 +40,11 @@ class Store:
 
     def read(self, name: str, limit: int) -> bytes:
         """The first `limit` bytes of a file, which counts as used now."""
-        descriptor = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(self._path(name), _READ_FLAGS)
         with open(descriptor, "rb", buffering=0) as file:
-            with contextlib.suppress(PermissionError):
+            with contextlib.suppress(OSError):
                 os.utime(descriptor)
-            content = file.read(limit)
-        return content
+            return file.read(limit) or b""
 
     def write(self, name: str, parts: Iterable[bytes]) -> None:
         """Write a file whole; on failure there is none, or the one that was."""
