@@ -197,6 +197,14 @@ def _spelled(config: SCXConfig) -> Iterator[tuple[str, str]]:
     yield HOST_THREADS, str(config.host_threads or "")
 
 
+def framed(*fields: str | int) -> bytes:
+    """Each field in UTF-8 behind its length in four bytes, big-endian, so that no two
+    lists of fields have the same.
+    """
+    texts = [str(field).encode() for field in fields]
+    return b"".join(len(text).to_bytes(4, "big") + text for text in texts)
+
+
 class RootKey:
     """The secret from which all feature keys of a process are derived.
 
@@ -235,12 +243,9 @@ class RootKey:
     def derive(self, *fields: str | int, length: int) -> bytes:
         """`length` bytes (at most 8160) that belong to `fields`: HKDF-SHA256, RFC 5869.
 
-        Its info is "scx-vllm v2" and then each field, in UTF-8 behind its length in four
-        bytes, so that no two lists of fields have the same.
+        Its info is "scx-vllm v2" and then the framed fields.
         """
-        info = f"scx-vllm v{FORMAT}".encode()
-        for text in (str(field).encode() for field in fields):
-            info += len(text).to_bytes(4, "big") + text
+        info = f"scx-vllm v{FORMAT}".encode() + framed(*fields)
         return HKDF(SHA256(), length, salt=None, info=info).derive(self._secret)
 
     def stream(self, *fields: str | int, length: int) -> bytes:

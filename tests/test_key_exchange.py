@@ -33,6 +33,13 @@ STORED = 256
 LAYERS = [0, 2]
 RECORD = {"model": "abcd", "codec": "permutation", "layers": LAYERS}
 
+SEALED = {"type": "sealed", "path": "/x"}
+
+
+def tiered(*tiers):
+    settings = {"spec_name": "TieringOffloadingSpec", "secondary_tiers": list(tiers)}
+    return transfer(None, "OffloadingConnector", **settings)
+
 
 # The label itself, without vLLM.
 
@@ -409,6 +416,15 @@ def outcomes(tiny_llama, store, tmp_path_factory):
         "disk tier": transfer(
             None, "OffloadingConnector", spec_name="TieringOffloadingSpec"
         ),
+        "sealed tier": tiered(SEALED),
+        "sealed tier of kv_offloading_size": {"kv_offloading_size": 1.0} | tiered(SEALED),
+        "sealed tier and another": tiered(SEALED, {"type": "fs", "root_dir": "/x"}),
+        "sealed tier elsewhere": transfer(
+            None,
+            "SimpleCPUOffloadConnector",
+            spec_name="TieringOffloadingSpec",
+            secondary_tiers=[SEALED],
+        ),
         "disk": transfer(
             None, "SimpleCPUOffloadConnector", kv_offload_backend="disk", disk_path="/x"
         ),
@@ -441,7 +457,17 @@ def outcomes(tiny_llama, store, tmp_path_factory):
     return dict(zip(cases, results, strict=True)), new
 
 
-@pytest.mark.parametrize("case", ["new folder", "copied model", "memory", "offload"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "new folder",
+        "copied model",
+        "memory",
+        "offload",
+        "sealed tier",
+        "sealed tier of kv_offloading_size",
+    ],
+)
 def test_what_is_labelled_or_dies_with_the_engine_is_allowed(
     case, outcomes, store, tiny_llama
 ):
@@ -465,6 +491,8 @@ def test_what_is_labelled_or_dies_with_the_engine_is_allowed(
         ("foreign", ["the KV connector ExampleConnector", "vLLM's own"]),
         ("offload to a server", ["the KV connector lmcache"]),
         ("disk tier", ["spec_name='TieringOffloadingSpec'", "'CPUOffloadingSpec'"]),
+        ("sealed tier and another", ["spec_name='TieringOffloadingSpec'", "'sealed'"]),
+        ("sealed tier elsewhere", ["spec_name='TieringOffloadingSpec'"]),
         ("disk", ["kv_offload_backend='disk'", "use 'cpu'"]),
         ("offload with a disk tier", ["kv_offload_backend='disk'", "use 'cpu'"]),
         ("no folder", ["set shared_storage_path in kv_connector_extra_config"]),
@@ -632,3 +660,33 @@ def test_a_worker_compares_the_key_that_it_reads_itself(
     )
     assert kind == "SCXConfigError"
     assert text in message
+
+
+def test_a_sealed_tier_is_told_what_its_blocks_are_with_encoding_off_too(
+    tmp_path, tiny_llama, monkeypatch
+):
+    def config():
+        transfer = tiered(SEALED | {"path": str(tmp_path)})["kv_transfer_config"]
+        return SimpleNamespace(
+            kv_transfer_config=SimpleNamespace(**transfer),
+            model_config=SimpleNamespace(
+                model=tiny_llama, revision=None, dtype="bf16", hf_text_config=None
+            ),
+            cache_config=SimpleNamespace(cache_dtype="auto"),
+        )
+
+    monkeypatch.delenv("SCX_KEY_FILE", raising=False)
+    with pytest.raises(SCXConfigError, match="SCX_KEY_FILE"):
+        kv_store.prepare_tiers(config(), get_scx_config(), None)
+    monkeypatch.setenv("SCX_KEY_FILE", str(new_key_file(tmp_path / "key")))
+    monkeypatch.setattr(kv_store, "identity_of", lambda _: "abcd")
+    told = config()
+    kv_store.prepare_tiers(told, get_scx_config(), None)
+    (tier,) = told.kv_transfer_config.kv_connector_extra_config["secondary_tiers"]
+    assert tier["module_path"] == "scx.sealed"
+    assert tier["facts"] == {
+        "model": "abcd",
+        "dtype": "bf16",
+        "cache_dtype": "auto",
+        "encoding": None,
+    }

@@ -22,13 +22,14 @@ ALLOWED = {
     "kernels": {"errors", "kernels"},
     "devices": {"codecs", "devices", "errors", "keys", "kernels"},
     "plugin": {"codecs", "devices", "errors", "kernels", "keys", "plugin"},
+    "sealed": {"errors", "keys", "sealed"},
     "models": {"devices", "errors", "keys", "models", "plugin"},
     "audit": {"audit", "errors", "keys", "plugin"},
     "commands": {"", "audit", "codecs", "devices", "errors", "keys", "kernels", "plugin"},
     "__init__": {"plugin"},
     "__main__": {"commands", "errors", "kernels"},
 }
-MAY_IMPORT_VLLM = {"__init__", "audit", "commands", "models", "plugin"}
+MAY_IMPORT_VLLM = {"__init__", "audit", "commands", "models", "plugin", "sealed"}
 
 
 def room(path):

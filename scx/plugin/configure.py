@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any, cast
 
 from scx import keys
-from scx.keys import SECURE_DEVICE, get_scx_config
+from scx.keys import FORMAT, SECURE_DEVICE, get_scx_config
 from scx.plugin import kv_store, refusals, versions
 from scx.plugin.architectures import register
 from scx.plugin.plan import RECORD, EncodingPlan
@@ -22,15 +22,16 @@ _logger = logging.getLogger("vllm.scx")
 def configure(vllm_config: "VllmConfig") -> None:
     """Refuse what cannot be encoded; write the plan's record; choose the graph mode.
 
-    Changes nothing if no layer is to be encoded. Raises SCXConfigError for a setting that
-    does not fit the model or changed too late, and SCXUnsupportedError for a model or
-    feature that would not run encoded.
+    If no layer is to be encoded, prepares sealed tiers and changes nothing else. Raises
+    SCXConfigError for a setting that does not fit the model or changed too late, and
+    SCXUnsupportedError for a model or feature that would not run encoded.
     """
     register()
     config = get_scx_config()
     keys.require_unchanged(config)
     if not config.enabled:
         kv_store.require_unlabelled(vllm_config)
+        kv_store.prepare_tiers(vllm_config, config, encoding=None)
         return
     model_config = vllm_config.model_config
     if model_config is None:
@@ -41,8 +42,14 @@ def configure(vllm_config: "VllmConfig") -> None:
     refusals.refuse(config, refusals.feature_obstacles(vllm_config, plan))
     additional = cast("dict[str, Any]", vllm_config.additional_config)
     additional[RECORD] = plan.record
+    encoding = [FORMAT, plan.record["codec"], plan.record["layers"]]
+    kv_store.prepare_tiers(vllm_config, config, encoding)
     # Each worker does so as well, with the key file of its own machine.
     if kv_store.outlives_engine(vllm_config):
+        _logger.warning(
+            "SCX: %s is deprecated here, as it does not seal KV: use a sealed tier",
+            kv_store.connector_of(vllm_config),
+        )
         kv_store.claim(vllm_config, plan.root_key().fingerprint, plan.record)
     # A worker that lacks our variables then builds our class all the same, and that
     # class refuses to run without them.

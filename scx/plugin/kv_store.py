@@ -17,6 +17,7 @@ from typing import IO, Any, NoReturn
 
 from scx.errors import SCXConfigError
 from scx.keys import CODEC, ENC_LAYERS, FORMAT, KEY_FILE, SCXConfig, read_regular
+from scx.plugin.identity import identity_of
 
 IN_MEMORY = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 """Connectors of vLLM whose store dies with the engine, set as in _MEMORY_SETTINGS."""
@@ -37,6 +38,8 @@ _DRAFT = re.compile(rf"{re.escape(LABEL)}\.[a-z0-9_]{{8}}\.draft")
 
 # What vLLM's memory connectors may be told about their tiers: the defaults.
 _MEMORY_SETTINGS = {"spec_name": "CPUOffloadingSpec", "kv_offload_backend": "cpu"}
+_TIERING = "TieringOffloadingSpec"
+_SEALED = f"spec_name={_TIERING!r} with no other secondary_tiers than 'sealed' ones"
 _WAYS_OUT = {
     "format": "version of this package",
     "model": "model, from one folder or one commit of the hub",
@@ -74,10 +77,12 @@ def obstacles(vllm_config: Any, config: SCXConfig) -> Iterator[str]:
         )
     elif name in IN_MEMORY:
         for setting, in_memory in _MEMORY_SETTINGS.items():
+            if setting == "spec_name" and _is_sealed(name, settings):
+                continue
             if (value := settings.get(setting, in_memory)) != in_memory:
                 yield (
                     f"{setting}={value!r} of {name} keeps KV beyond the engine's memory, "
-                    f"where nothing checks the key: use {in_memory!r}"
+                    f"where nothing checks the key: use {in_memory!r}, or {_SEALED}"
                 )
     elif config.key_file is None:
         yield (
@@ -88,6 +93,44 @@ def obstacles(vllm_config: Any, config: SCXConfig) -> Iterator[str]:
         yield (
             f"{name} has no folder of its own: set {FOLDER} in kv_connector_extra_config"
         )
+
+
+def _sealed_tiers(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sealed tiers in a connector's settings."""
+    tiers = settings.get("secondary_tiers", [])
+    return [tier for tier in tiers if tier.get("type") == "sealed"]
+
+
+def _is_sealed(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether KV leaves the engine's memory into sealed tiers and nowhere else."""
+    tiers = settings.get("secondary_tiers", [])
+    return (
+        name == IN_MEMORY[0]
+        and settings.get("spec_name") == _TIERING
+        and len(_sealed_tiers(settings)) == len(tiers) > 0
+    )
+
+
+def prepare_tiers(vllm_config: Any, config: SCXConfig, encoding: Any) -> None:
+    """Tell sealed tiers what their blocks are: the model, and `encoding`, a JSON value.
+
+    Adds module_path, so that a user need not. Raises SCXConfigError without a key file.
+    """
+    transfer = vllm_config.kv_transfer_config
+    tiers = _sealed_tiers(transfer.kv_connector_extra_config) if transfer else []
+    if not tiers:
+        return
+    if config.key_file is None:
+        raise SCXConfigError(f"a sealed tier needs a key: set {KEY_FILE} to a key file")
+    model_config = vllm_config.model_config
+    facts = {
+        "model": identity_of(model_config),
+        "dtype": str(model_config.dtype),
+        "cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "encoding": encoding,
+    }
+    for tier in tiers:
+        tier |= {"module_path": "scx.sealed", "facts": facts}
 
 
 def outlives_engine(vllm_config: Any) -> bool:
