@@ -3,6 +3,7 @@
 Features that a CPU has too are tested in their own files, which run on a GPU alike.
 """
 
+import itertools
 import statistics
 
 import pytest
@@ -211,6 +212,88 @@ def test_both_tables_of_longrope(tmp_path):
     native = in_new_process(generate_each, runs, PROMPTS)
     for name in ENCODED:
         assert in_new_process(generate_each, runs, PROMPTS, env=SETTINGS[name]) == native
+
+
+# Memory that comes and goes.
+
+
+def in_pools(worker):
+    """Which memory lies in the pools that sleep mode copies or drops: that of each tensor
+    of the secure layers, and that of each parameter; and a row key, if a GPU has one."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    held = CuMemAllocator.get_instance().pointer_to_data.values()
+    ranges = [(data.handle[2], data.handle[2] + data.handle[1]) for data in held]
+
+    def lie(tensors):
+        return [
+            any(begin <= tensor.data_ptr() < end for begin, end in ranges)
+            for tensor in tensors
+        ]
+
+    loaded = worker.model_runner.get_model()
+    ours, key = [], None
+    for attention in loaded.encoded:
+        secure = attention.secure
+        parts = [secure, secure.features, getattr(secure, "_host", secure)]
+        for member in (member for part in parts for member in vars(part).values()):
+            several = member if isinstance(member, tuple) else (member,)
+            ours += [m for m in several if isinstance(m, torch.Tensor) and m.is_cuda]
+        if (row_key := getattr(secure, "_row_key", None)) is not None:
+            key = row_key.tolist()
+    return lie(ours), lie(loaded.parameters()), key
+
+
+def sleep_and_wake(run):
+    """Tokens before and after sleep of both levels; where memory lies, and how many steps
+    each encoded layer counted, each time."""
+    llm = engine(**run, skip_tokenizer_init=True, enable_sleep_mode=True)
+    tokens, places, steps = [], [], []
+
+    def note():
+        tokens.append(greedy(llm, PROMPTS))
+        if is_encoded:
+            places.append(llm.collective_rpc(in_pools)[0])
+            steps.append(llm.apply_model(counted)[0])
+
+    def counted(loaded):
+        return [attention.secure.traffic.steps for attention in loaded.encoded]
+
+    (is_encoded,) = llm.apply_model(lambda loaded: hasattr(loaded, "encoded"))
+    note()
+    llm.sleep(1)
+    llm.wake_up()
+    note()
+    llm.sleep(2)
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
+    note()
+    shut_down(llm)
+    return tokens, places, steps
+
+
+@pytest.mark.parametrize("codec", keys.CODECS)
+@pytest.mark.parametrize("mode", [EAGER, COMPILED], ids=["eager", "graphs"])
+def test_sleep_and_wake(mode, codec, tiny_qwen2):
+    run = {"model": tiny_qwen2} | TRITON | mode
+    native, *_ = in_new_process(sleep_and_wake, run)
+    assert native[0] == native[1] == native[2]
+    for name in ENCODED:
+        env = SETTINGS[name] | {"SCX_CODEC": codec}
+        tokens, places, steps = in_new_process(sleep_and_wake, run, env=env)
+        assert tokens == native
+        for ours, parameters, _ in places:
+            assert ours
+            assert not any(ours)
+            assert any(parameters)
+        row_keys = [key for *_, key in places]
+        assert row_keys[0] == row_keys[1] == row_keys[2]
+        if name == "accelerator":
+            assert any(row_keys[0])
+        for before, after in itertools.pairwise(steps):
+            for less, more in zip(before, after, strict=True):
+                assert less < more
 
 
 # What a cache holds, and what another process reads of it.

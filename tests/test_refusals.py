@@ -351,20 +351,29 @@ def test_fp8_cache_with_a_codec_that_stretches(llama):
 
 
 def configure_with_sleep_mode(model):
+    """The record with vLLM's own backend, and what is said of another."""
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
+
+    from scx.errors import SCXUnsupportedError
+    from scx.plugin.configure import configure
 
     # As on a GPU; a CPU's engine refuses it before anyone looks at layers.
     type(current_platform).is_sleep_mode_available = lambda self: True
-    return configure_each([({"model": model, "enable_sleep_mode": True}, {})])
+    arguments = EngineArgs(model, skip_tokenizer_init=True, enable_sleep_mode=True)
+    vllm_config = arguments.create_engine_config()
+    # Another plugin may set it: it is no argument of an engine.
+    vllm_config.model_config.sleep_mode_backend = "snapshots"
+    with pytest.raises(SCXUnsupportedError) as refused:
+        configure(vllm_config)
+    return vllm_config.additional_config["scx"], str(refused.value)
 
 
 def test_sleep_mode(llama):
-    ((plain, _),) = in_new_process(configure_with_sleep_mode, str(llama))
-    assert plain == "configured"
     env = {"SCX_ENC_LAYERS": "0,3"}
-    ((kind, message),) = in_new_process(configure_with_sleep_mode, str(llama), env=env)
-    assert kind == "SCXUnsupportedError"
-    assert "sleep mode may discard the secure step's counters: leave it out" in message
+    record, message = in_new_process(configure_with_sleep_mode, str(llama), env=env)
+    assert record["layers"] == [0, 3]
+    assert "sleep_mode_backend='snapshots' may copy or lose the keys" in message
 
 
 def configure_with_graphs(cases):

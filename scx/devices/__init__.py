@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from scx.codecs.interface import FeatureCodec
-from scx.devices import metrics, watchdog
+from scx.devices import metrics, pools, watchdog
 from scx.devices.interface import Rank, SecureLayer
 
 
@@ -60,7 +60,9 @@ def build(
     in the model, and `tables` is as in `SecureLayer.build`. Metrics are reported every
     `log_interval` seconds.
     """
-    layers = device.build(list(features.values()), tables, rank)
+    layers = pools.built_outside(
+        lambda: device.build(list(features.values()), tables, rank), rank.accelerator
+    )
     metrics.count_layers(layers)
     if not device.on_accelerator:
         watchdog.watch(dict(zip(features, layers, strict=True)))

@@ -34,8 +34,10 @@ class AcceleratorSecureLayer(SecureLayer):
         tables: Sequence[torch.Tensor],
         rank: Rank,
     ) -> list[Self]:
+        # vLLM's own may be dropped while the model sleeps.
+        copies = {id(table): table.clone() for table in tables}
         return [
-            cls(layer_features, table, rank.is_neox_style, rank.num_heads)
+            cls(layer_features, copies[id(table)], rank.is_neox_style, rank.num_heads)
             for layer_features, table in zip(features, tables, strict=True)
         ]
 

@@ -108,7 +108,11 @@ class SCXForCausalLM(EncodedModel, nn.Module):
         return result
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """As the stock class. Warns if key biases cost the codec accuracy."""
+        """As the stock class. Warns if key biases cost the codec accuracy.
+
+        An update may bring only some of the weights; vLLM then keeps a layer on the meta
+        device until it has all of its own.
+        """
         stock: Any = super()
         loaded = stock.load_weights(weights)
         if self.plan is None:
@@ -116,12 +120,14 @@ class SCXForCausalLM(EncodedModel, nn.Module):
         codec = self.plan.codec
         for attention in self.encoded:
             bias = attention.qkv_proj.bias
+            if bias is None or bias.is_meta or bias.dtype == torch.float32:
+                continue
             # A norm makes keys of its own size, whatever the bias.
-            if bias is None or bias.dtype == torch.float32 or attention.norms:
+            if attention.norms:
                 continue
             keys = bias[attention.q_size : attention.q_size + attention.kv_size]
             if (largest := keys.abs().max().item()) > codec.largest_key_bias:
-                logger.warning(
+                logger.warning_once(
                     "SCX layer %d: a key bias of %.0f, above %.0f, so %s rounds worse in "
                     "%s than the model itself: use float32, or SCX_CODEC=permutation",
                     attention.layer_index,

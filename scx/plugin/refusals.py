@@ -116,8 +116,12 @@ def feature_obstacles(vllm_config: "VllmConfig", plan: EncodingPlan) -> Iterator
         )
     yield from placement.obstacles(vllm_config, plan.config)
     yield from kv_store.obstacles(vllm_config, plan.config)
-    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
-        yield "sleep mode may discard the secure step's counters: leave it out"
+    model_config = vllm_config.model_config
+    if model_config.enable_sleep_mode and model_config.sleep_mode_backend != "cumem":
+        yield (
+            f"sleep_mode_backend={model_config.sleep_mode_backend!r} may copy or lose "
+            "the keys of the secure device: use 'cumem'"
+        )
     if not isinstance(vllm_config.additional_config, dict):
         yield (
             "additional_config is not a dict, so the compile cache could not tell "
