@@ -20,26 +20,33 @@ def built_outside(build: Callable[[], _Built], accelerator: torch.device) -> _Bu
     """What `build` returns, whose memory on `accelerator` is in no pool.
 
     A pool takes what the thread that entered it allocates (torch.cuda.use_mem_pool), so
-    another thread builds. Raises SCXUnsupportedError if a pool takes that as well.
+    inside one another thread builds. Raises SCXUnsupportedError if the pool takes that as
+    well.
     """
+    if not _is_pooled(accelerator):
+        return build()
 
     def run() -> _Built:
         with torch.accelerator.device_index(accelerator.index):
-            if accelerator.type == "cuda":
-                _require_outside(torch.empty(1, device=accelerator))
+            if _is_pooled(accelerator):
+                raise SCXUnsupportedError(
+                    "this torch puts the memory of every thread in the pool that sleep "
+                    "mode discards, keys and counters of the secure device too: use a "
+                    "version that was run"
+                )
             return build()
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(run).result()
 
 
-def _require_outside(tensor: torch.Tensor) -> None:
-    address = tensor.data_ptr()
-    for segment in torch.cuda.memory_snapshot():
-        inside = 0 <= address - segment["address"] < segment["total_size"]
-        if inside and segment["segment_pool_id"] != (0, 0):
-            raise SCXUnsupportedError(
-                "this torch puts the memory of every thread in the pool that sleep mode "
-                "discards, keys and counters of the secure device too: use a version "
-                "that was run"
-            )
+def _is_pooled(accelerator: torch.device) -> bool:
+    """Whether a pool takes what this thread allocates."""
+    if accelerator.type != "cuda":
+        return False
+    probe = torch.empty(1, device=accelerator)
+    return any(
+        0 <= probe.data_ptr() - segment["address"] < segment["total_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["segment_pool_id"] != (0, 0)
+    )
