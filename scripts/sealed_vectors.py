@@ -32,7 +32,7 @@ def vectors() -> list[dict[str, object]]:
                 "block": block.hex(),
                 "plain": plain.hex(),
                 "name": seal.name(block),
-                "sealed": b"".join(seal.seal(block, plain)).hex(),
+                "sealed": b"".join(seal.seal(block, memoryview(plain))).hex(),
             }
         )
     return made

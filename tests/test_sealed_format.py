@@ -1,7 +1,9 @@
 """The sealed format against a second program, its vectors, and forgers."""
 
 import hmac
+import io
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -47,6 +49,16 @@ def keys_of(vector):
     return key, identity
 
 
+def sealed_by(seal, block, plain):
+    return b"".join(seal.seal(block, memoryview(plain)))
+
+
+def opened(seal, block, length, sealed):
+    plain = bytearray(length)
+    seal.open(block, io.BytesIO(sealed), memoryview(plain))
+    return bytes(plain)
+
+
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: str(vector["tenant"]))
 def test_the_vectors_open_in_a_second_program_and_in_ours(vector):
     key, identity = keys_of(vector)
@@ -62,7 +74,7 @@ def test_the_vectors_open_in_a_second_program_and_in_ours(vector):
     ours = Seal(root, context_of(vector["facts"]), vector["tenant"])
     block = bytes.fromhex(vector["block"])
     assert ours.name(block) == vector["name"]
-    assert ours.open(block, len(plain), sealed) == plain
+    assert opened(ours, block, len(plain), sealed) == plain
 
 
 def test_tenants_of_the_vectors_differ_in_every_key():
@@ -75,26 +87,38 @@ def test_tenants_of_the_vectors_differ_in_every_key():
 @given(st.binary(max_size=300), st.binary(min_size=1, max_size=40), st.none() | st.text())
 def test_what_is_sealed_opens(plain, block, tenant):
     tenant = None if tenant is None else json.dumps(tenant)
-    sealed = b"".join(Seal(ROOT, CONTEXT, tenant).seal(block, plain))
+    sealed = sealed_by(Seal(ROOT, CONTEXT, tenant), block, plain)
     assert len(sealed) == len(plain) + OVERHEAD
-    assert Seal(ROOT, CONTEXT, tenant).open(block, len(plain), sealed) == plain
+    assert opened(Seal(ROOT, CONTEXT, tenant), block, len(plain), sealed) == plain
+
+
+@pytest.mark.parametrize("more", [-1, 0, 5])
+def test_a_block_of_several_pieces_is_one_message(more):
+    seal, plain = Seal(ROOT, CONTEXT, None), os.urandom((1 << 19) + more)
+    sealed = sealed_by(seal, BLOCK, plain)
+    cipher = AESGCM(derive(seal._key._secret, "file", sealed[8:40].hex()))
+    bound = frame(*map(str, seal._identity), BLOCK.hex(), str(len(plain)))
+    assert cipher.decrypt(bytes(12), sealed[40:], bound) == plain
+    assert opened(seal, BLOCK, len(plain), sealed) == plain
+    with pytest.raises(RefusedError):
+        opened(seal, BLOCK, len(plain), sealed[:-1] + bytes([sealed[-1] ^ 1]))
 
 
 @given(st.binary(max_size=99), st.data())
 def test_a_changed_shortened_or_lengthened_file_is_refused(plain, data):
     seal = Seal(ROOT, CONTEXT, None)
-    sealed = b"".join(seal.seal(BLOCK, plain))
+    sealed = sealed_by(seal, BLOCK, plain)
     bit = data.draw(st.integers(0, len(sealed) * 8 - 1))
     flipped = bytearray(sealed)
     flipped[bit // 8] ^= 1 << bit % 8
     cut = sealed[: data.draw(st.integers(0, len(sealed) - 1))]
     for forged in (bytes(flipped), cut, sealed + b"\0"):
         with pytest.raises(RefusedError):
-            seal.open(BLOCK, len(plain), forged)
+            opened(seal, BLOCK, len(plain), forged)
     # Nor does an honest length of a file that was cut help.
     if len(cut) >= OVERHEAD:
         with pytest.raises(RefusedError):
-            seal.open(BLOCK, len(cut) - OVERHEAD, cut)
+            opened(seal, BLOCK, len(cut) - OVERHEAD, cut)
 
 
 @pytest.mark.parametrize(
@@ -109,15 +133,15 @@ def test_a_changed_shortened_or_lengthened_file_is_refused(plain, data):
 )
 def test_another_identity_has_another_name_and_opens_nothing(other, block):
     seal = Seal(ROOT, CONTEXT, None)
-    sealed = b"".join(seal.seal(BLOCK, b"secret"))
+    sealed = sealed_by(seal, BLOCK, b"secret")
     assert other.name(block) != seal.name(BLOCK)
     with pytest.raises(RefusedError):
-        other.open(block, 6, sealed)
+        opened(other, block, 6, sealed)
 
 
 def test_no_two_files_share_a_salt_or_a_byte_of_ciphertext_by_design():
     seal = Seal(ROOT, CONTEXT, None)
-    files = {b"".join(seal.seal(BLOCK, bytes(64))) for _ in range(100)}
+    files = {sealed_by(seal, BLOCK, bytes(64)) for _ in range(100)}
     assert (
         len({file[8:40] for file in files}) == len({file[40:] for file in files}) == 100
     )

@@ -1,14 +1,16 @@
-"""The format of a sealed block, as docs/sealed-format.md has it: bytes in, bytes out."""
+"""The format of a sealed block, as docs/sealed-format.md has it."""
 
 import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import GCM
 
 from scx.keys import KEY_BYTES, RootKey, framed
 
@@ -17,6 +19,9 @@ SALT_BYTES, TAG_BYTES = 32, 16
 OVERHEAD = len(MAGIC) + SALT_BYTES + TAG_BYTES
 # Each file has a key of its own, which encrypts once.
 _NONCE = bytes(12)
+# cryptography holds the interpreter's lock over a call, and the scheduler needs it too. It
+# can have it between pieces, while a file is read or written.
+_PIECE_BYTES = 1 << 18
 
 
 class RefusedError(Exception):
@@ -46,26 +51,49 @@ class Seal:
         identity = framed(*self._identity, block.hex())
         return hmac.digest(self._name_key, identity, "sha256").hex()
 
-    def seal(self, block: bytes, plain: bytes | memoryview) -> tuple[bytes, bytes]:
-        """What the file of `block` holds: the header, then the ciphertext and its tag."""
+    def seal(self, block: bytes, plain: memoryview) -> Iterator[bytes]:
+        """What the file of `block` holds, in pieces. `plain` is flat and of bytes."""
         salt = secrets.token_bytes(SALT_BYTES)
-        bound = self._bound(block, len(plain))
-        return MAGIC + salt, self._cipher(salt).encrypt(_NONCE, plain, bound)
+        encryptor = self._cipher(salt).encryptor()
+        encryptor.authenticate_additional_data(self._bound(block, len(plain)))
+        yield MAGIC + salt
+        for piece in _pieces(plain):
+            yield encryptor.update(piece)
+        yield encryptor.finalize() + encryptor.tag
 
-    def open(self, block: bytes, length: int, sealed: bytes) -> bytes:
-        """The `length` bytes that `seal` was given; RefusedError for anything else."""
-        header = len(MAGIC) + SALT_BYTES
-        if len(sealed) != length + OVERHEAD or not sealed.startswith(MAGIC):
-            raise RefusedError("it has another length or format")
-        cipher = self._cipher(sealed[len(MAGIC) : header])
-        data = memoryview(sealed)[header:]
+    def open(self, block: bytes, file: BinaryIO, plain: memoryview) -> None:
+        """Write what `seal` was given to `plain`, which has its length.
+
+        Raises RefusedError for anything but the whole file, after which `plain` holds
+        nothing of use.
+        """
+        header = file.read(len(MAGIC) + SALT_BYTES)
+        if len(header) < len(MAGIC) + SALT_BYTES or not header.startswith(MAGIC):
+            raise RefusedError("it has another format")
+        decryptor = self._cipher(header[len(MAGIC) :]).decryptor()
+        decryptor.authenticate_additional_data(self._bound(block, len(plain)))
+        for piece in _pieces(plain):
+            sealed = file.read(len(piece))
+            if len(sealed) < len(piece):
+                raise RefusedError("it has another length")
+            piece[:] = decryptor.update(sealed)
+        # A byte more, so that a longer file is seen.
+        tag = file.read(TAG_BYTES + 1)
+        if len(tag) != TAG_BYTES:
+            raise RefusedError("it has another length")
         try:
-            return cipher.decrypt(_NONCE, data, self._bound(block, length))
+            decryptor.finalize_with_tag(tag)
         except InvalidTag:
             raise RefusedError("its tag is wrong") from None
 
-    def _cipher(self, salt: bytes) -> AESGCM:
-        return AESGCM(self._key.derive("file", salt.hex(), length=KEY_BYTES))
+    def _cipher(self, salt: bytes) -> Cipher[GCM]:
+        key = self._key.derive("file", salt.hex(), length=KEY_BYTES)
+        return Cipher(AES(key), GCM(_NONCE))
 
     def _bound(self, block: bytes, length: int) -> bytes:
         return framed(*self._identity, block.hex(), length)
+
+
+def _pieces(view: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(view), _PIECE_BYTES):
+        yield view[start : start + _PIECE_BYTES]

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 # Nothing else in the folder is counted or removed.
 _SHARD = re.compile("[0-9a-f]{2}")
@@ -38,18 +39,18 @@ class Store:
     def has(self, name: str) -> bool:
         return self._path(name).exists()
 
-    def read(self, name: str, limit: int) -> bytes:
-        """The first `limit` bytes of a file, which counts as used now."""
+    def open(self, name: str) -> BinaryIO:
+        """A file to read, which counts as used now."""
         descriptor = os.open(self._path(name), _READ_FLAGS)
-        with open(descriptor, "rb", buffering=0) as file:
-            with contextlib.suppress(OSError):
-                os.utime(descriptor)
-            return file.read(limit) or b""
+        with contextlib.suppress(OSError):
+            os.utime(descriptor)
+        return open(descriptor, "rb")
 
-    def write(self, name: str, parts: Iterable[bytes]) -> None:
-        """Write a file whole; on failure there is none, or the one that was."""
-        path, parts = self._path(name), list(parts)
-        self._make_room(sum(map(len, parts)))
+    def write(self, name: str, parts: Iterable[bytes], size: int) -> None:
+        """Write a file of `size` bytes whole; on failure there is none, or the one that
+        was."""
+        path = self._path(name)
+        self._make_room(size)
         with contextlib.suppress(FileExistsError):
             path.parent.mkdir(mode=0o700)
         descriptor, draft = tempfile.mkstemp(".draft", f"{name}.", path.parent)

@@ -230,7 +230,8 @@ class SealedTier(SecondaryTierManager):
                 if self._store.has(name):
                     self._store.touch(name)
                 else:
-                    self._store.write(name, job.seal.seal(key, block))
+                    size = len(block) + OVERHEAD
+                    self._store.write(name, job.seal.seal(key, block), size)
                     self._count("sealed")
                 job.moved.append(key)
             except OSError as error:
@@ -240,9 +241,8 @@ class SealedTier(SecondaryTierManager):
         for key, block in job.blocks.items():
             name = job.seal.name(key)
             try:
-                # A byte more than a good file has, so that a longer one is seen.
-                sealed = self._store.read(name, len(block) + OVERHEAD + 1)
-                block[:] = job.seal.open(key, len(block), sealed)
+                with self._store.open(name) as file:
+                    job.seal.open(key, file, block)
                 self._count("opened")
                 job.moved.append(key)
             except OSError as error:
