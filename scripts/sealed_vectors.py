@@ -13,7 +13,7 @@ from scx.sealed.format import Seal, context_of
 
 FILE = Path(__file__).parent.parent / "docs" / "sealed-format.json"
 _ROOT = bytes(range(32))
-_FACTS = {"model": "0123456789abcdef0123456789abcdef", "parallel": {"rank": 0}}
+_FACTS = {"model": "00112233" * 4, "parallel": {"rank": 0}}
 # In the last three, field boundaries move: no two may share a key or a name.
 _TENANTS = (None, '""', '"alice"', '"bob"', '"a"name', '"a"', 'name"a"')
 

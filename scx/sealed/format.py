@@ -19,8 +19,8 @@ SALT_BYTES, TAG_BYTES = 32, 16
 OVERHEAD = len(MAGIC) + SALT_BYTES + TAG_BYTES
 # Each file has a key of its own, which encrypts once.
 _NONCE = bytes(12)
-# cryptography holds the interpreter's lock over a call, and the scheduler needs it too. It
-# can have it between pieces, while a file is read or written.
+# cryptography holds the interpreter's lock over a call, and the scheduler needs it too.
+# Between pieces a file is read or written, which lets go of it.
 _PIECE_BYTES = 1 << 18
 
 
