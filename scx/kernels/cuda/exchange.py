@@ -14,6 +14,7 @@ scope. A step that is longer than that memory sends a group's rows when the answ
 group that lay there before have been received.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ _GROUP_ROWS = tl.constexpr(GROUP_ROWS)
 _SLOTS = tl.constexpr(SLOTS)
 _COUNTERS = tl.constexpr(COUNTERS)
 _WARPS = 8
-# The most programs that send. As many receive.
+# The most programs that send. As many receive. In a long step they wait for each other, so
+# all must run at once: there are no more than multiprocessors.
 _LANES = 48
 
 
@@ -193,6 +195,12 @@ def _exchange(
         tl.store(sequence, turn)
 
 
+@functools.cache
+def _lanes_of(device: torch.device) -> int:
+    found = torch.cuda.get_device_properties(device)
+    return min(_LANES, found.multi_processor_count // 2)
+
+
 def exchange(
     source: torch.Tensor,
     target: torch.Tensor,
@@ -215,7 +223,7 @@ def exchange(
     if num_tokens == 0:
         return
     chunk_rows = chunk_rows_of(num_tokens)
-    lanes = min(_LANES, triton.cdiv(num_tokens, chunk_rows))
+    lanes = min(_lanes_of(source.device), triton.cdiv(num_tokens, chunk_rows))
     launch: Any = _exchange[(2 * lanes,)]
     launch(
         source,
