@@ -48,8 +48,8 @@ _GROUP_ROWS = tl.constexpr(GROUP_ROWS)
 _SLOTS = tl.constexpr(SLOTS)
 _COUNTERS = tl.constexpr(COUNTERS)
 _WARPS = 8
-# The most programs that send. As many receive. In a long step they wait for each other, so
-# all must run at once: there are no more than multiprocessors.
+# The most programs that send. As many receive. In a long step they wait for each other,
+# so all must run at once: there are no more than multiprocessors.
 _LANES = 48
 
 
