@@ -45,7 +45,7 @@ def load(model):
     from scx.models.base import logger
 
     lines = []
-    logger.warning = lambda text, *values: lines.append(text % values)
+    logger.warning_once = lambda text, *values: lines.append(text % values)
     shut_down(engine(model, skip_tokenizer_init=True, dtype="bfloat16"))
     return lines
 
