@@ -12,34 +12,22 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from lab.cli import Parser
 from lab.provenance import survey
 from scx.codecs.permutation import PermutationCodec
+from scx.commands.estimate import Shape
 from scx.devices.host import HostDevice, HostSecureLayer
 from scx.devices.interface import Rank
 from scx.kernels.host.cores import usable_cores, workers_for
 from scx.keys import RootKey
 
-HEAD_DIM = 128
-
-
-class Shape(NamedTuple):
-    """One layer of a model whose heads have HEAD_DIM features."""
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-
-    @property
-    def qkv_size(self) -> int:
-        return (self.num_heads + 2 * self.num_kv_heads) * HEAD_DIM
-
-
-SHAPES = {"qwen2-1.5b": Shape(1536, 12, 2), "qwen2-7b": Shape(3584, 28, 4)}
+SHAPES = {
+    "qwen2-1.5b": Shape(28, 1536, 12, 2, 128),
+    "qwen2-7b": Shape(28, 3584, 28, 4, 128),
+}
 REPEATS = 9
 STEPS = 20
 
@@ -63,7 +51,7 @@ def trips(
     cuda = {"device": "cuda", "dtype": torch.bfloat16}
     hidden = torch.randn(tokens, shape.hidden_size, **cuda)
     qkv = torch.randn(tokens, shape.qkv_size, **cuda)
-    attention = torch.randn(tokens, shape.num_heads * HEAD_DIM, **cuda)
+    attention = torch.randn(tokens, shape.query_size, **cuda)
     output = torch.empty_like(attention)
     positions = torch.arange(tokens, device="cuda")
     calls = {
@@ -141,8 +129,12 @@ def main() -> None:
     shape = SHAPES[options.shape]
     workers = options.workers or workers_for(usable_cores(), 1)
     host = HostDevice(
-        [PermutationCodec.derive(RootKey.draw(), 0, range(shape.num_kv_heads), HEAD_DIM)],
-        [torch.randn(40_000, HEAD_DIM)],
+        [
+            PermutationCodec.derive(
+                RootKey.draw(), 0, range(shape.num_kv_heads), shape.head_dim
+            )
+        ],
+        [torch.randn(40_000, shape.head_dim)],
         Rank(
             num_heads=shape.num_heads,
             hidden_size=shape.hidden_size,
@@ -155,7 +147,7 @@ def main() -> None:
         ),
     )
     layer = HostSecureLayer(host, 0)
-    widths = (shape.hidden_size, shape.qkv_size, shape.num_heads * HEAD_DIM)
+    widths = (shape.hidden_size, shape.qkv_size, shape.query_size)
     results: dict = {
         **survey(),
         "shape": options.shape,

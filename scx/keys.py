@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from scx.errors import SCXConfigError
+from scx.files import read_regular
 
 ENC_LAYERS = "SCX_ENC_LAYERS"
 SECURE_DEVICE = "SCX_SECURE_DEVICE"
@@ -48,7 +49,6 @@ _ALLOWED_KEY_FILE = (
 FORMAT = 2
 """Of all that turns a key into an encoding, and of the label of stored KV."""
 
-_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 _PLUGIN_GROUP = "vllm.general_plugins"
 _PLUGIN_TARGET = "scx:init_vllm_plugin"
 _TRUE = ("1", "true", "yes", "on")
@@ -443,21 +443,3 @@ def _leave_no_core() -> None:
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
     soft = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
     resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
-
-
-def read_regular(path: Path, limit: int) -> tuple[os.stat_result, bytes]:
-    """Status and up to `limit` bytes of a regular file, both of one open descriptor.
-
-    So what the caller checks is what it read, whatever happens to the path meanwhile.
-    A link as the last component is not followed, and no fifo is waited for. Raises
-    OSError: ELOOP for a link, EINVAL for anything else but a regular file.
-    """
-    descriptor = os.open(path, _READ_FLAGS)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        with open(descriptor, "rb", closefd=False) as file:
-            return status, file.read(limit)
-    finally:
-        os.close(descriptor)

@@ -17,12 +17,13 @@ ROOT = PACKAGE.parent
 # What each room may import. Everything points down.
 ALLOWED = {
     "errors": set(),
-    "keys": {"errors"},
+    "files": set(),
+    "keys": {"errors", "files"},
     "codecs": {"codecs", "errors", "keys"},
     "kernels": {"errors", "kernels"},
     "devices": {"codecs", "devices", "errors", "keys", "kernels"},
-    "plugin": {"codecs", "devices", "errors", "kernels", "keys", "plugin"},
-    "sealed": {"errors", "keys", "sealed"},
+    "plugin": {"codecs", "devices", "errors", "files", "kernels", "keys", "plugin"},
+    "sealed": {"errors", "files", "keys", "sealed"},
     "models": {"devices", "errors", "keys", "models", "plugin"},
     "audit": {"audit", "errors", "keys", "plugin"},
     "commands": {"", "audit", "codecs", "devices", "errors", "keys", "kernels", "plugin"},

@@ -112,11 +112,20 @@ class Shape:
             head_dim=size("head_dim", hidden_size // heads),
         )
 
+    @property
+    def query_size(self) -> int:
+        """Columns of the queries, and of the attention's output."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def qkv_size(self) -> int:
+        """Columns of queries, keys and values."""
+        return self.query_size + 2 * self.num_kv_heads * self.head_dim
+
     def row_bytes(self) -> int:
         """Bytes per token and encoded layer, in each direction."""
-        query = self.num_heads * self.head_dim
-        projection = query + 2 * self.num_kv_heads * self.head_dim
-        return (self.hidden_size + projection + query) * self.element_size
+        columns = self.hidden_size + self.qkv_size + self.query_size
+        return columns * self.element_size
 
 
 def _unknown(architectures: Any) -> list[str]:

@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any, cast
 
 from scx import keys
-from scx.keys import FORMAT, SECURE_DEVICE, get_scx_config
+from scx.keys import SECURE_DEVICE, get_scx_config
 from scx.plugin import kv_store, refusals, versions
 from scx.plugin.architectures import register
 from scx.plugin.plan import RECORD, EncodingPlan
@@ -31,7 +31,7 @@ def configure(vllm_config: "VllmConfig") -> None:
     keys.require_unchanged(config)
     if not config.enabled:
         kv_store.require_unlabelled(vllm_config)
-        kv_store.prepare_tiers(vllm_config, config, encoding=None)
+        kv_store.prepare_tiers(vllm_config, config, record=None)
         return
     model_config = vllm_config.model_config
     if model_config is None:
@@ -42,8 +42,7 @@ def configure(vllm_config: "VllmConfig") -> None:
     refusals.refuse(config, refusals.feature_obstacles(vllm_config, plan))
     additional = cast("dict[str, Any]", vllm_config.additional_config)
     additional[RECORD] = plan.record
-    encoding = [FORMAT, plan.record["codec"], plan.record["layers"]]
-    kv_store.prepare_tiers(vllm_config, config, encoding)
+    kv_store.prepare_tiers(vllm_config, config, plan.record)
     # Each worker does so as well, with the key file of its own machine.
     if kv_store.outlives_engine(vllm_config):
         _logger.warning(

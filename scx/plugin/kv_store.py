@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from scx.errors import SCXConfigError
-from scx.keys import CODEC, ENC_LAYERS, FORMAT, KEY_FILE, SCXConfig, read_regular
+from scx.files import read_regular, sync_folder
+from scx.keys import CODEC, ENC_LAYERS, FORMAT, KEY_FILE, SCXConfig
 from scx.plugin.identity import identity_of
 
 IN_MEMORY = ("OffloadingConnector", "SimpleCPUOffloadConnector")
@@ -111,10 +112,13 @@ def _is_sealed(name: str, settings: Mapping[str, Any]) -> bool:
     )
 
 
-def prepare_tiers(vllm_config: Any, config: SCXConfig, encoding: Any) -> None:
-    """Tell sealed tiers what their blocks are: the model, and `encoding`, a JSON value.
+def prepare_tiers(
+    vllm_config: Any, config: SCXConfig, record: Mapping[str, Any] | None
+) -> None:
+    """Tell sealed tiers what their blocks are: of which model, and how it is encoded.
 
-    Adds module_path, so that a user need not. Raises SCXConfigError without a key file.
+    `record` is that of the plan, None if no layer is encoded. Adds module_path, so that a
+    user need not. Raises SCXConfigError without a key file.
     """
     transfer = vllm_config.kv_transfer_config
     tiers = _sealed_tiers(transfer.kv_connector_extra_config) if transfer else []
@@ -124,10 +128,10 @@ def prepare_tiers(vllm_config: Any, config: SCXConfig, encoding: Any) -> None:
         raise SCXConfigError(f"a sealed tier needs a key: set {KEY_FILE} to a key file")
     model_config = vllm_config.model_config
     facts = {
-        "model": identity_of(model_config),
+        "model": record["model"] if record else identity_of(model_config),
         "dtype": str(model_config.dtype),
         "cache_dtype": str(vllm_config.cache_config.cache_dtype),
-        "encoding": encoding,
+        "encoding": record and [FORMAT, record["codec"], record["layers"]],
     }
     for tier in tiers:
         tier |= {"module_path": "scx.sealed", "facts": facts}
@@ -231,11 +235,7 @@ def _write_once(folder: Path, label: Mapping[str, Any]) -> None:
                 # Still the first engine's. One that finds half a label is refused.
                 with open(folder / LABEL, "x") as file:
                     _dump(label, file)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder)
 
 
 def _dump(label: Mapping[str, Any], file: IO[str]) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
+from scx.files import READ_FLAGS, sync_folder
+
 # Nothing else in the folder is counted or removed.
 _SHARD = re.compile("[0-9a-f]{2}")
 _FILE = re.compile(r"[0-9a-f]{64}(\.[a-z0-9_]{8}\.draft)?")
-# A link is not followed, and a pipe, which anyone may put there, is not waited for.
-_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _SCANS = 16
 """Scans of the folder for each `max_bytes` that are written."""
 
@@ -41,7 +41,7 @@ class Store:
 
     def open(self, name: str) -> BinaryIO:
         """A file to read, which counts as used now."""
-        descriptor = os.open(self._path(name), _READ_FLAGS)
+        descriptor = os.open(self._path(name), READ_FLAGS)
         with contextlib.suppress(OSError):
             os.utime(descriptor)
         return open(descriptor, "rb")
@@ -68,7 +68,7 @@ class Store:
                 os.unlink(draft)
             raise
         if self._fsync:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def remove(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
@@ -113,11 +113,3 @@ class Store:
                     if _FILE.fullmatch(file.name):
                         status = file.stat(follow_symlinks=False)
                         yield status.st_mtime_ns, status.st_size, file.path
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
